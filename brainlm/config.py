@@ -1,9 +1,9 @@
 """Settings: frozen dataclasses filled from one YAML file and dotted overrides, read strictly.
 
-Every section is a frozen, keyword-only dataclass that inherits from `Section` and stands beside the code that reads it.
-Order: defaults < file < ``section.key=value``. An unknown key or a value of the wrong type is a `ConfigError` that names
-the full path of the key. ``1e-4`` is a number here, although plain YAML 1.1 reads it as a string, and ``true`` is
-never taken for the number 1.
+Every section is a frozen, keyword-only dataclass that inherits from `Section` and stands beside the code that reads
+it. Order: defaults < file < ``section.key=value``. An unknown key or a value of the wrong type is a `ConfigError`
+that names the full path of the key. ``1e-4`` is a number here, although plain YAML 1.1 reads it as a string, and
+``true`` is never taken for the number 1.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ def parse_yaml(text: str, where: str) -> Any:
         """Safe loader with YAML 1.2 floats and no duplicate keys."""
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
             for key in keys:
                 if keys.count(key) > 1:
                     raise ConfigError(f"{where}: the key {key!r} is given twice (line {node.start_mark.line + 1})")
             return super().construct_mapping(node, deep)
 
-    Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    Loader.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
     )
     try:
@@ -139,7 +139,7 @@ def load_config(cls: type[SettingsT], path: str | Path | None, overrides: list[s
 
 def to_tree(config: Any) -> dict[str, Any]:
     """Return a settings dataclass as plain nested mappings (tuples become lists), ready for YAML or JSON."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def to_yaml(config: Any) -> str:

@@ -1,7 +1,7 @@
 """Masks over tokens: True = hidden.
 
-Tokens are parcel-major: token ``p * num_patches + k`` is patch ``k`` (in time) of parcel ``p``. Every random choice takes
-an explicit generator. Parcels that are missing are hidden too, and are never scored (see `brainlm.model`).
+Tokens are parcel-major: token ``p * num_patches + k`` is patch ``k`` (in time) of parcel ``p``. Every random choice
+takes an explicit generator. Parcels that are missing are hidden too, and are never scored (see `brainlm.model`).
 """
 
 from __future__ import annotations

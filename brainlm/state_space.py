@@ -1,15 +1,15 @@
 """Linear-Gaussian state space models and their exact optimal predictors.
 
-The simulated cohort (``data_prep/simulate.py``) is drawn from such models, so for it the best possible reconstruction and
-forecast are known: they are the conditional means below. Letters: ``T`` timepoints, ``P`` parcels, ``d`` states.
+The simulated cohort (``data_prep/simulate.py``) is drawn from such models, so for it the best possible reconstruction
+and forecast are known: the conditional means below. Letters: ``T`` timepoints, ``P`` parcels, ``d`` states.
 
     s[0]   ~ N(0, S)                       S the stationary covariance, S = A S A' + Q
     s[t+1] = A s[t] + inputs[t] + w[t]     w ~ N(0, Q)
     y[t]   = C s[t] + e[t]                 e ~ N(0, diag(R))
 
 Updates are in information form, so a step costs O(P d^2 + d^3) and no P x P matrix is ever formed. Smoothing is the
-fixed-interval recursion of Durbin and Koopman, *Time Series Analysis by State Space Methods* (2012), section 4.4. It equals
-the Rauch-Tung-Striebel smoother and needs no inverse of a predicted covariance, so ``process_cov`` may be singular.
+fixed-interval recursion of Durbin and Koopman, *Time Series Analysis by State Space Methods* (2012), section 4.4. It
+equals the Rauch-Tung-Striebel smoother and inverts no predicted covariance, so ``process_cov`` may be singular.
 """
 
 from __future__ import annotations
@@ -77,9 +77,7 @@ class LinearStateSpace:
             )
         radius = float(np.abs(np.linalg.eigvals(self.transition)).max())
         if radius >= 1:
-            raise DataError(
-                f"transition must have a spectral radius below 1, found {radius:.6g}: the system is unstable"
-            )
+            raise DataError(f"the system is unstable: transition has spectral radius {radius:.6g}, expected below 1")
         if not np.allclose(self.process_cov, self.process_cov.T, rtol=1e-9, atol=1e-12):
             raise DataError("process_cov must be symmetric")
         eigenvalues = np.linalg.eigvalsh(self.process_cov)
@@ -100,7 +98,7 @@ class LinearStateSpace:
 
     @cached_property
     def stationary_cov(self) -> FloatArray:
-        """Stationary covariance of the state, shape (d, d), without inputs (discrete Lyapunov equation, by doubling)."""
+        """Stationary covariance of the state without inputs, shape (d, d): the Lyapunov equation, by doubling."""
         power, cov = self.transition, self.process_cov
         for _ in range(MAX_DOUBLINGS):
             step = power @ cov @ power.T
@@ -115,7 +113,7 @@ class LinearStateSpace:
         return np.einsum("pi,ij,pj->p", self.loading, self.stationary_cov, self.loading) + self.noise_var
 
     def covariance(self, lag: int = 0) -> FloatArray:
-        """Return the stationary covariance of ``y[t + lag]`` with ``y[t]``, shape (P, P), for ``lag >= 0`` timepoints."""
+        """Return the stationary covariance of ``y[t + lag]`` with ``y[t]``, shape (P, P), ``lag`` in timepoints."""
         if lag < 0:
             raise DataError(f"lag must be 0 or more, found {lag}: transpose the covariance at the positive lag instead")
         cov = self.loading @ np.linalg.matrix_power(self.transition, lag) @ self.stationary_cov @ self.loading.T
@@ -239,8 +237,8 @@ class LinearStateSpace:
     ) -> FloatArray:
         """Compute how the optimal forecast changes when observed values of some parcels are raised by one unit.
 
-        A model that predicts well must answer an in silico perturbation this way, and not with C A^k e: one raised value
-        may be private noise, and the optimal predictor knows how far to believe it.
+        A model that predicts well must answer an in silico perturbation this way, and not with C A^k e: one raised
+        value may be private noise, and the optimal predictor knows how far to believe it.
 
         Parameters
         ----------
@@ -269,8 +267,8 @@ class LinearStateSpace:
     ) -> tuple[FloatArray, FloatArray, FloatArray, FloatArray, FloatArray]:
         """Run the Kalman filter in information form.
 
-        Returns predicted means (T, d) and covariances (T, d, d), the factors (I + information x covariance)^-1 (T, d, d)
-        and information innovations (T, d) that smoothing needs, and the prediction for the timepoint after the last.
+        Returns predicted means (T, d) and covariances (T, d, d), the factors (I + information x covariance)^-1
+        (T, d, d) and information innovations (T, d) that smoothing needs, and the prediction after the last timepoint.
         """
         num_timepoints, d = len(series), self.num_states
         means, innovations = np.empty((num_timepoints, d)), np.empty((num_timepoints, d))
@@ -327,8 +325,9 @@ class SimulatedTruth:
     facts : dict
         The content of ``truth.json``, which explains every field.
     arrays : dict of ndarray
-        ``transition`` (S, d, d), ``process_cov`` (S, d, d), ``loading`` (S, P, K), ``readout`` (K, d), ``noise_var`` (S, P),
-        ``baseline`` (S, P), ``recording_subject`` (R,) and ``inputs/<recording_id>`` (T, d), for S subjects.
+        For S subjects and R recordings: ``transition`` and ``process_cov`` (S, d, d), ``loading`` (S, P, K),
+        ``readout`` (K, d), ``noise_var`` and ``baseline`` (S, P), ``recording_subject`` (R,) and, where there is a
+        task, ``inputs/<recording_id>`` (T, d).
     """
 
     facts: dict[str, Any]

@@ -134,7 +134,7 @@ def test_stationary_covariance_is_exact_near_the_unit_circle() -> None:
     system = LinearStateSpace(
         transition=np.array([[root]]), process_cov=np.eye(1), loading=np.eye(1), noise_var=np.ones(1)
     )
-    np.testing.assert_allclose(system.stationary_cov, [[1 / (1 - root**2)]], rtol=1e-9)
+    np.testing.assert_allclose(system.stationary_cov, [[1 / (1 - root**2)]], rtol=1e-8)
 
 
 def test_simulated_series_has_the_stated_moments() -> None:

@@ -1,0 +1,178 @@
+"""Transformer layers: pre-LN blocks with self- or cross-attention (Vaswani et al. 2017; pre-LN as in ViT and MAE).
+
+Dimension letters: `B` windows, `N` query tokens, `M` key tokens, `D` width, `H` heads, `E` head width.
+Attention runs through `scaled_dot_product_attention`, which is flash attention on a GPU; on a CPU in bfloat16, where
+that is slow, through `BlockedAttention`. Attention weights are never read from the fast path: `attention_weights`
+recomputes them from q and k for the layers and queries that are asked for.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+QUERY_BLOCK = 128  # queries whose probabilities are in memory at a time; they stay in a core's cache
+
+
+class BlockedAttention(torch.autograd.Function):
+    """softmax(q k^T / sqrt E) v in blocks of queries, with probabilities recomputed in the backward pass.
+
+    The same function as `scaled_dot_product_attention`, for a CPU in bfloat16. Gradients of k and v are summed over
+    blocks in float32. Memory beyond the inputs is one block of probabilities.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, valid_BM: Tensor | None) -> Tensor:
+        ctx.save_for_backward(q, k, v, valid_BM)
+        y = torch.empty_like(q)
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            rows = slice(start, start + QUERY_BLOCK)
+            y[:, :, rows] = _probabilities(q[:, :, rows], k, valid_BM) @ v
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, valid_BM = ctx.saved_tensors
+        dy, scale = grad_outputs[0], q.shape[-1] ** -0.5
+        dq = torch.empty_like(q)
+        dk, dv = torch.zeros_like(k, dtype=torch.float32), torch.zeros_like(v, dtype=torch.float32)
+        for start in range(0, q.shape[2], QUERY_BLOCK):
+            rows = slice(start, start + QUERY_BLOCK)
+            q_rows, dy_rows = q[:, :, rows], dy[:, :, rows]
+            p = _probabilities(q_rows, k, valid_BM)
+            dv += p.transpose(-1, -2) @ dy_rows
+            ds = torch._softmax_backward_data(dy_rows @ v.transpose(-1, -2), p, -1, p.dtype)  # p * (dp - sum dp p)
+            dq[:, :, rows] = (ds @ k) * scale
+            dk += ds.transpose(-1, -2) @ (q_rows * scale)
+        return dq, dk.to(k.dtype), dv.to(v.dtype), None
+
+
+def _probabilities(q: Tensor, k: Tensor, valid_BM: Tensor | None) -> Tensor:
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    if valid_BM is not None:
+        scores = scores.masked_fill(~valid_BM[:, None, None, :], float("-inf"))
+    return scores.softmax(dim=-1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, valid_BM: Tensor | None = None) -> Tensor:
+    """Return softmax(q k^T / sqrt E) v by the fastest way here.
+
+    Parameters
+    ----------
+    q : Tensor, shape (B, H, N, E)
+    k, v : Tensor, shape (B, H, M, E)
+    valid_BM : Tensor, shape (B, M), bool, optional
+        True = may be attended to.
+    """
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        y: Tensor = BlockedAttention.apply(q, k, v, valid_BM)
+        return y
+    allowed = None if valid_BM is None else valid_BM[:, None, None, :]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of `x` to itself, or of `x` to `memory`.
+
+    Parameters
+    ----------
+    width, num_heads : int
+        `width` must be a multiple of `num_heads`.
+    """
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.query = nn.Linear(width, width)
+        self.key_value = nn.Linear(width, 2 * width)
+        self.out = nn.Linear(width, width)
+
+    def _heads(self, x_BND: Tensor) -> Tensor:
+        B, N, D = x_BND.shape
+        return x_BND.view(B, N, self.num_heads, D // self.num_heads).transpose(1, 2)  # (B, H, N, E)
+
+    def forward(self, x_BND: Tensor, memory_BMD: Tensor, valid_BM: Tensor | None = None) -> Tensor:
+        """Attend from every row of `x` to the valid rows of `memory`. `valid_BM`: True = may be attended to."""
+        q = self._heads(self.query(x_BND))
+        k, v = (self._heads(part) for part in self.key_value(memory_BMD).chunk(2, dim=-1))
+        return self.out(attend(q, k, v, valid_BM).transpose(1, 2).flatten(2))
+
+    def attention_weights(self, x_BND: Tensor, memory_BMD: Tensor, valid_BM: Tensor | None = None) -> Tensor:
+        """Recompute softmax(q k^T / sqrt E) in float32 for the given queries: shape (B, H, N, M)."""
+        q = self._heads(self.query(x_BND)).float()
+        k = self._heads(self.key_value(memory_BMD).chunk(2, dim=-1)[0]).float()
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if valid_BM is not None:
+            scores = scores.masked_fill(~valid_BM[:, None, None, :], float("-inf"))
+        return scores.softmax(dim=-1)
+
+
+class Block(nn.Module):
+    """Pre-LN Transformer block. With `memory` it is a cross-attention block, else a self-attention block."""
+
+    def __init__(self, width: int, num_heads: int, mlp_width: int, *, cross: bool = False) -> None:
+        super().__init__()
+        self.norm_attention = nn.LayerNorm(width)
+        self.norm_memory = nn.LayerNorm(width) if cross else None
+        self.attention = Attention(width, num_heads)
+        self.norm_mlp = nn.LayerNorm(width)
+        self.mlp_in = nn.Linear(width, mlp_width)
+        self.mlp_out = nn.Linear(mlp_width, width)
+
+    def attention_inputs(self, x_BND: Tensor, memory_BMD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return what the attention of this block sees: normalised queries and normalised keys."""
+        normed = self.norm_attention(x_BND)
+        if self.norm_memory is None:
+            return normed, normed
+        assert memory_BMD is not None
+        return normed, self.norm_memory(memory_BMD)
+
+    def forward(self, x_BND: Tensor, memory_BMD: Tensor | None = None, valid_BM: Tensor | None = None) -> Tensor:
+        x_BND = x_BND + self.attention(*self.attention_inputs(x_BND, memory_BMD), valid_BM)
+        return x_BND + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x_BND))))
+
+
+SPACE_MM = (320.0, 160.0, 80.0, 40.0)  # wavelengths; the brain is about 180 mm long, parcels about 15 mm wide
+TIME_S = (20.0, 2000.0)  # shortest and longest wavelength, spaced geometrically
+NUM_TIME = 16
+
+
+def space_features(coords_mm_P3: Tensor) -> Tensor:
+    """Return Fourier features of coordinates in mm: shape (P, 3 + 6 * wavelengths), float32, magnitudes near 1."""
+    coords = coords_mm_P3.float()
+    angle = (2 * torch.pi * coords[:, :, None] / coords.new_tensor(SPACE_MM)).flatten(1)
+    return torch.cat([coords / 100, angle.sin(), angle.cos()], dim=1)
+
+
+def time_features(times_s_K: Tensor) -> Tensor:
+    """Return Fourier features of times in seconds: shape (K, 2 * NUM_TIME), float32."""
+    shortest, longest = torch.tensor(TIME_S).log()
+    periods = torch.linspace(shortest.item(), longest.item(), NUM_TIME, device=times_s_K.device).exp()
+    phase = 2 * torch.pi * times_s_K.float()[:, None] / periods
+    return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+class TokenPosition(nn.Module):
+    """Where a token is: parcel coordinates (mm), time (seconds), and optionally a learned code of its parcel.
+
+    Positions in mm and seconds, not in index, let one model read another atlas, length or TR. The features are computed
+    once in float32: in bfloat16, 300 s would already be wrong by a second.
+    """
+
+    def __init__(self, width: int, num_parcels: int | None) -> None:
+        super().__init__()
+        self.space = nn.Linear(3 + 6 * len(SPACE_MM), width)
+        self.time = nn.Linear(2 * NUM_TIME, width)
+        self.parcel = None if num_parcels is None else nn.Embedding(num_parcels, width)
+
+    def forward(self, space_PF: Tensor, time_KF: Tensor) -> Tensor:
+        """Return the position code of every token, parcel-major: shape (P * K, D)."""
+        dtype = self.space.weight.dtype
+        code_PD = self.space(space_PF.to(dtype))
+        if self.parcel is not None:
+            code_PD = code_PD + self.parcel.weight
+        return (code_PD[:, None, :] + self.time(time_KF.to(dtype))[None, :, :]).flatten(0, 1)

@@ -1,0 +1,75 @@
+"""Where tasks run: on Ray workers, or in this process; and how their progress is shown."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from brainlm.ray_session import fan_out, ray_session
+from brainlm.store import Store
+from data_prep.settings import RaySettings
+
+IN_FLIGHT_PER_CPU = 2
+PLAIN_LINES = 10  # of progress, where the output is no terminal
+
+
+class Workers:
+    """Run a function over many arguments; results come in the order of the arguments."""
+
+    def __init__(self, ray: Any | None) -> None:
+        self._ray = ray
+
+    def share(self, value: Any) -> Any:
+        """Return what to pass to tasks instead of `value`, so that it travels once."""
+        return value if self._ray is None else self._ray.put(value)
+
+    def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], label: str) -> list[Any]:
+        results: list[Any] = [None] * len(tasks)
+        show = _Progress(label, len(tasks))
+        for position, result in self._stream(function, tasks):
+            results[position] = result
+            show.one_more()
+        show.end()
+        return results
+
+    def _stream(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        if self._ray is None:
+            yield from ((position, function(*task)) for position, task in enumerate(tasks))
+            return
+        cpus = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+        yield from fan_out(self._ray, function, tasks, max_in_flight=IN_FLIGHT_PER_CPU * cpus)
+
+
+@contextmanager
+def workers(settings: RaySettings, out: Store) -> Iterator[Workers]:
+    """Start what the settings ask for. What is in memory can be written from this process alone."""
+    if settings.address == "off" or out.url.startswith("memory://"):
+        yield Workers(None)
+        return
+    with ray_session(settings.address, settings.num_cpus, settings.object_store_mb) as ray:
+        yield Workers(ray)
+
+
+class _Progress:
+    """A bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, label: str, total: int) -> None:
+        self._label, self._total, self._done = label, total, 0
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=total, desc=label, file=sys.stderr)
+
+    def one_more(self) -> None:
+        self._done += 1
+        if self._bar is not None:
+            self._bar.update()
+        elif self._done * PLAIN_LINES // self._total > (self._done - 1) * PLAIN_LINES // self._total:
+            print(f"{self._label}: {self._done} of {self._total}", flush=True)
+
+    def end(self) -> None:
+        if self._bar is not None:
+            self._bar.close()

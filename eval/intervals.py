@@ -1,0 +1,76 @@
+"""Confidence intervals: percentile bootstrap over subjects of metrics that are functions of sums.
+
+A metric such as R2 is a ratio of sums over all scored values. Each subject contributes its sums, so resampling subjects
+is resampling rows of a small table, and the whole bootstrap is one matrix product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+FloatArray = NDArray[np.float64]
+Metric = Callable[[Mapping[str, FloatArray]], FloatArray]
+"""Takes sums by name, each of any shape (...), and returns the metric of that shape."""
+
+_BOOTSTRAP = 0xB0
+
+
+def bootstrap_counts(num_units: int, num_bootstrap: int, seed: int) -> FloatArray:
+    """Return how often each unit is drawn in each replicate, shape (num_bootstrap, num_units).
+
+    Depends on the arguments alone: two models scored on the same subjects get the same draws, which pairs them.
+    """
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_BOOTSTRAP, seed, num_units])))
+    return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_bootstrap).astype(np.float64)
+
+
+def metric_value(sums: Mapping[str, FloatArray], metric: Metric) -> float:
+    """Return the metric of all units together; `sums` holds one array of shape (units,) a name."""
+    return float(metric({name: np.asarray(values, dtype=np.float64).sum() for name, values in sums.items()}))
+
+
+def bootstrap_interval(
+    sums: Mapping[str, FloatArray], metric: Metric, counts: FloatArray, level: float = 0.95
+) -> tuple[float, float]:
+    """Return the percentile interval of a metric under resampling of units.
+
+    Parameters
+    ----------
+    sums : mapping
+        One array of shape (units,) a name, in the same order of units.
+    counts : ndarray, shape (replicates, units)
+        From `bootstrap_counts`.
+
+    Returns
+    -------
+    (low, high)
+        NaN, NaN for fewer than two units: one subject says nothing about other subjects.
+    """
+    return _interval(_replicates(sums, metric, counts), counts.shape[1], level)
+
+
+def bootstrap_difference(
+    ours: Mapping[str, FloatArray],
+    theirs: Mapping[str, FloatArray],
+    metric: Metric,
+    counts: FloatArray,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Return the interval of metric(ours) - metric(theirs), both resampled together (paired by unit)."""
+    difference = _replicates(ours, metric, counts) - _replicates(theirs, metric, counts)
+    return _interval(difference, counts.shape[1], level)
+
+
+def _replicates(sums: Mapping[str, FloatArray], metric: Metric, counts: FloatArray) -> FloatArray:
+    return metric({name: counts @ np.asarray(values, dtype=np.float64) for name, values in sums.items()})
+
+
+def _interval(replicates: FloatArray, num_units: int, level: float) -> tuple[float, float]:
+    replicates = replicates[np.isfinite(replicates)]
+    if num_units < 2 or len(replicates) == 0:
+        return float("nan"), float("nan")
+    low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

@@ -1,0 +1,231 @@
+"""What is compared: networks and baselines behind one interface.
+
+A method is given windows in the units of its own contract, with hidden values already replaced by 0, so that no method
+can look at what it is asked for. It answers in the same units.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from brainlm.errors import CheckpointError, ConfigError, DataError
+from brainlm.input_contract import InputContract
+from brainlm.store import Store
+from eval.cohort import BoolArray, Cohort, WindowRef
+from eval.results import ModelKind
+
+Predictions = NDArray[np.float32] | NDArray[np.float64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodSpec:
+    """A method by name: small and plain, so that it can be sent to a worker.
+
+    ``model_hash`` identifies weights or, for a baseline, its edition; ``checkpoint`` is the folder of a network,
+    ``variant`` what is done to its input, and ``input_hash`` identifies its input contract.
+    """
+
+    name: str
+    kind: ModelKind
+    model_hash: str
+    checkpoint: str = ""
+    variant: str = ""
+    input_hash: str = ""
+    notes: tuple[str, ...] = ()
+
+
+class Method(Protocol):
+    """Something that predicts hidden values, in the units of its `contract`."""
+
+    @property
+    def contract(self) -> InputContract: ...
+
+    def fit(self, cohort: Cohort) -> None:
+        """Learn from ``train`` and choose settings on ``val``. Networks are already trained and do nothing."""
+
+    def reconstruct(
+        self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, refs: list[WindowRef]
+    ) -> Predictions:
+        """Predict hidden values.
+
+        Parameters
+        ----------
+        windows_z : ndarray, shape (B, P, W), float32
+            Contract units; 0 where hidden or missing.
+        mask : ndarray, shape (B, L), bool
+            True = hidden. Equally many tokens are visible in every window of a batch.
+        present : ndarray, shape (B, P), bool
+            False = missing parcel.
+
+        Returns
+        -------
+        ndarray, shape (B, P, W)
+            Read only where hidden and present.
+        """
+
+
+class Network:
+    """A BrainLM as a `Method`, and as a source of attention."""
+
+    def __init__(self, model: Any, device: str = "cpu") -> None:
+        self.model = model.to(device)
+        self.device = device
+
+    @property
+    def contract(self) -> InputContract:
+        contract: InputContract = self.model.contract
+        return contract
+
+    def fit(self, cohort: Cohort) -> None:
+        """Nothing to learn: zero-shot."""
+
+    def _tensors(self, *arrays: NDArray[Any]) -> list[Any]:
+        import torch
+
+        return [torch.from_numpy(np.ascontiguousarray(array)).to(self.device) for array in arrays]
+
+    def reconstruct(
+        self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, refs: list[WindowRef]
+    ) -> Predictions:
+        import torch
+
+        with torch.inference_mode():
+            out: NDArray[np.float32] = self.model.reconstruct(*self._tensors(windows_z, mask, present)).cpu().numpy()
+        return out
+
+    def parcel_attention(
+        self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, part: str, layer: int
+    ) -> NDArray[np.float32]:
+        """Return (B, P, P): row = attention of a parcel's tokens, NaN where it had none. See `brainlm.model`."""
+        import torch
+
+        with torch.inference_mode():
+            tensors = self._tensors(windows_z, mask, present)
+            weights = self.model.parcel_attention(*tensors, part=part, layer=layer)
+            out: NDArray[np.float32] = weights.cpu().numpy()
+        return out
+
+
+def load_network(spec: MethodSpec, untrained_seed: int, device: str = "cpu") -> Network:
+    """Load a checkpoint, or a network like it with fresh weights, as `spec.kind` says."""
+    from brainlm.model import BrainLM
+
+    model = BrainLM.from_pretrained(spec.checkpoint)
+    if spec.kind == "untrained":
+        model = BrainLM.untrained_like(model, untrained_seed)
+    return Network(model, device)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class CheckpointInfo:
+    """What is known of a checkpoint before any work is done. `name` is what tables call it."""
+
+    name: str
+    folder: str
+    weights_sha256: str
+    num_parameters: int
+    config: dict[str, Any]
+    manifest: dict[str, Any]
+    contract: InputContract
+    window_len: int
+    patch_len: int
+    num_seen_subjects: int = 0
+
+
+def newest_checkpoint(folder: str) -> str:
+    """Return `folder` if it is a checkpoint, else the newest complete one of the training run in it.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    from brainlm.checkpoint import CONFIG
+
+    store = Store(folder)
+    if store.exists(CONFIG):  # written last: a folder that has one is complete
+        return folder
+    steps = []
+    for name in store.names("checkpoints"):
+        number = name.removeprefix("step-")
+        if name.startswith("step-") and number.isdigit():
+            steps.append((int(number), name))
+    for _, name in sorted(steps, reverse=True):
+        if store.exists(f"checkpoints/{name}/{CONFIG}"):
+            return store.url_of(f"checkpoints/{name}")
+    raise CheckpointError(
+        f"{folder} holds no complete checkpoint, and no checkpoints/step-N of a training run: "
+        "give the folder that train/pretrain.py wrote"
+    )
+
+
+def describe_checkpoints(
+    folders: tuple[str, ...], cohort_subjects: list[str], allow_seen: bool
+) -> list[CheckpointInfo]:
+    """Load every checkpoint once and check that it may be compared.
+
+    Parameters
+    ----------
+    folders : tuple of str
+        As configured.
+    cohort_subjects : list of str
+        Subjects of the split to be scored.
+    allow_seen : bool
+        Accept subjects that a checkpoint was trained on.
+    """
+    import dataclasses
+
+    from brainlm.checkpoint import seen_subjects
+    from brainlm.model import BrainLM
+
+    found: list[CheckpointInfo] = []
+    for given in folders:
+        folder = newest_checkpoint(given)
+        model = BrainLM.from_pretrained(folder)
+        seen = seen_subjects(folder, cohort_subjects)
+        if seen and not allow_seen:
+            raise DataError(
+                f"{folder} was trained on {len(seen)} of the {len(set(cohort_subjects))} subjects to be scored: their "
+                "scores say nothing about new people. Use a split it never saw, or set allow_seen_subjects=true "
+                "(every score is then marked)"
+            )
+        found.append(
+            CheckpointInfo(
+                name=_display_name(folder),
+                folder=folder,
+                weights_sha256=model.weights_sha256,
+                num_parameters=sum(p.numel() for p in model.parameters()),
+                config=dataclasses.asdict(model.config),
+                manifest=dict(model.manifest),
+                contract=model.contract,
+                window_len=model.config.window_len,
+                patch_len=model.config.patch_len,
+                num_seen_subjects=len(seen),
+            )
+        )
+    names = [info.name for info in found]
+    if len(set(names)) < len(names):  # two checkpoints of one training run
+        found = [replace(info, name=f"{info.name} {info.folder.rstrip('/').rsplit('/', 1)[-1]}") for info in found]
+    names = [info.name for info in found]
+    if len(set(names)) < len(names):
+        found = [replace(info, name=f"{info.name} ({info.weights_sha256[:8]})") for info in found]
+    if len({info.name for info in found}) < len(found):
+        raise ConfigError("checkpoints: the same checkpoint is listed twice")
+    shapes = {(info.window_len, info.patch_len) for info in found}
+    if len(shapes) > 1:
+        raise ConfigError(
+            f"the checkpoints take windows and patches of different lengths, {sorted(shapes)}: their masks "
+            "cannot be the same, so evaluate them into separate results folders"
+        )
+    return found
+
+
+def _display_name(folder: str) -> str:
+    parts = folder.rstrip("/").split("/")
+    if len(parts) >= 3 and parts[-2] == "checkpoints":
+        return f"BrainLM {parts[-3]}"
+    return f"BrainLM {parts[-1]}"

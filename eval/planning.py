@@ -1,0 +1,163 @@
+"""From settings to work: open the data, look at the checkpoints, refuse what may not be compared, list the units."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from brainlm.config import config_hash
+from brainlm.dataset import Dataset, open_dataset
+from brainlm.errors import ConfigError, DataError
+from eval.cohort import Cohort
+from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
+from eval.settings import EvalSettings
+from eval.task import Task, Unit
+from eval.tasks.forecasting import Forecasting
+from eval.tasks.networks import Networks
+from eval.tasks.reconstruction import Reconstruction
+
+
+def make_task(name: str, settings: EvalSettings) -> Task:
+    if name == "reconstruction":
+        return Reconstruction(settings.reconstruction)
+    if name == "forecasting":
+        return Forecasting(settings.forecasting)
+    assert name == "networks", name
+    return Networks(settings.networks)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Plan:
+    """Everything that is to be done, plain enough to be sent to workers.
+
+    Parameters
+    ----------
+    settings : EvalSettings
+    usable : tuple of bool
+        Parcels that the data set and all checkpoints can use.
+    window_len, patch_len : int
+    units : tuple of Unit
+    skipped : mapping
+        Task by name: why the data set does not allow it.
+    warnings : tuple of str
+    checkpoints : tuple of CheckpointInfo
+    """
+
+    settings: EvalSettings
+    usable: tuple[bool, ...]
+    window_len: int
+    patch_len: int
+    units: tuple[Unit, ...] = ()
+    skipped: tuple[tuple[str, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    checkpoints: tuple[CheckpointInfo, ...] = ()
+
+    @cached_property
+    def dataset(self) -> Dataset:
+        return open_dataset(self.settings.dataset)
+
+    def cohort(self) -> Cohort:
+        key = hashlib.sha256(f"subjects evaluated in {self.dataset.content_hash}".encode()).digest()
+        return Cohort(
+            dataset=self.dataset,
+            split=self.settings.split,
+            usable_P=np.array(self.usable, dtype=bool),
+            window_len=self.window_len,
+            patch_len=self.patch_len,
+            subject_key=key,
+        )
+
+    def without_units(self) -> Plan:
+        """Return what a worker needs."""
+        return replace(self, units=(), checkpoints=())
+
+
+def make_plan(settings: EvalSettings) -> Plan:
+    """Work out what must be computed.
+
+    Raises
+    ------
+    CheckpointError
+        If a checkpoint is incomplete or was made for other parcels.
+    DataError
+        If a checkpoint was trained on subjects of the split, or the data set is not finished.
+    """
+    dataset = open_dataset(settings.dataset)
+    entries = dataset.split(settings.split).entries
+    if not entries:
+        raise DataError(f"{settings.dataset}: the split {settings.split!r} has no recordings")
+    subjects = [entry.subject for entry in entries]
+    infos = describe_checkpoints(settings.checkpoints, subjects, settings.allow_seen_subjects)
+    contract, usable, warnings = dataset.contract, dataset.contract.usable, []
+    network_specs: list[MethodSpec] = []
+    for info in infos:
+        info.contract.check_fits(contract, ours=f"the checkpoint {info.folder}", theirs=f"the data set {dataset.name}")
+        usable = usable & info.contract.usable
+        differences = info.contract.adaptable_differences(contract)
+        notes = tuple(f"checkpoint against data set: {line}" for line in differences)
+        if info.num_seen_subjects:
+            notes += (f"trained on {info.num_seen_subjects} of the {len(set(subjects))} subjects scored here",)
+        warnings += [f"{info.name}: {note}" for note in notes]
+        input_hash = hashlib.sha256(info.contract.dumps().encode()).hexdigest()
+        trained = MethodSpec(
+            name=info.name,
+            kind="brainlm",
+            model_hash=info.weights_sha256,
+            checkpoint=info.folder,
+            input_hash=input_hash,
+            notes=notes,
+        )
+        network_specs.append(trained)
+        if settings.include_untrained:
+            identity = config_hash({"untrained": info.config, "seed": settings.untrained_seed})
+            name = "untrained" if len(infos) == 1 else f"untrained ({info.name})"
+            network_specs.append(replace(trained, name=name, kind="untrained", model_hash=identity))
+    plan = Plan(
+        settings=settings,
+        usable=tuple(bool(v) for v in usable),
+        window_len=infos[0].window_len if infos else contract.window_len,
+        patch_len=infos[0].patch_len if infos else contract.patch_len,
+        checkpoints=tuple(infos),
+    )
+    cohort = plan.cohort()
+    short = len(entries) - len(cohort.recordings())
+    if short:
+        warnings.append(
+            f"{short} of {len(entries)} {settings.split} recordings are shorter than a window and not scored"
+        )
+    units, skipped = [], []
+    for name in settings.tasks:
+        task = make_task(name, settings)
+        reason = task.why_not(cohort)
+        if reason:
+            skipped.append((name, reason))
+            continue
+        specs = list(network_specs) + [control for spec in network_specs for control in task.controls(spec)]
+        specs += task.baselines(cohort)
+        if task.reference() and task.reference() not in [spec.name for spec in specs]:
+            known = ", ".join(spec.name for spec in specs)
+            raise ConfigError(f"{name}.reference: expected one of {known}, found {task.reference()!r}")
+        units += [Unit(task=name, spec=spec, key=unit_key(task, spec, plan)) for spec in specs]
+    if not units:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
+        raise DataError(f"{settings.dataset}: no task can be run ({reasons})")
+    return replace(plan, units=tuple(units), skipped=tuple(skipped), warnings=tuple(warnings))
+
+
+def unit_key(task: Task, spec: MethodSpec, plan: Plan) -> str:
+    """Return the hash of everything that a unit's numbers depend on, and of nothing else."""
+    return config_hash(
+        {
+            "task": task.name,
+            "version": task.version,
+            "settings": task.hashed_settings(),
+            "data": plan.dataset.content_hash,
+            "split": plan.settings.split,
+            "usable": list(plan.usable),
+            "window": [plan.window_len, plan.patch_len],
+            "method": [spec.name, spec.kind, spec.variant, spec.model_hash, spec.input_hash],
+        }
+    )

@@ -1,0 +1,125 @@
+"""Score checkpoints and baselines on a prepared data set.
+
+    python eval/run.py --config eval/configs/all.yaml [section.key=value ...] [--dry-run]
+    ray job submit --working-dir . -- python eval/run.py --config eval/configs/all.yaml ray.address=auto
+
+Writes results.json, tables and a report to the results folder. Run it again and only what is missing or has changed is
+computed. Exit code 0 only if everything was computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from datetime import UTC, datetime
+
+from brainlm.config import load_config, parse_entry_args, to_yaml
+from brainlm.errors import BrainLMError
+from brainlm.store import Store
+from eval.artifacts import command_line, write_examples, write_forecast_curves, write_parcels, write_run
+from eval.fan_out import run_units
+from eval.planning import Plan, make_plan, make_task
+from eval.results import Score, write_scores
+from eval.settings import EvalSettings
+from eval.summary import summary
+from eval.task import ScoreContext, Unit, is_done, make_scores, read_output
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_entry_args(__doc__ or "", argv)
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        settings = load_config(EvalSettings, args.config, args.overrides)
+        plan = make_plan(settings)
+        if args.dry_run:
+            print_plan(plan)
+            return 0
+        return evaluate(plan)
+    except BrainLMError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+def evaluate(plan: Plan) -> int:
+    """Compute what is missing, then write scores, tables and the report."""
+    settings, store = plan.settings, Store(plan.settings.out)
+    started, begin = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    missing = [unit for unit in plan.units if not is_done(store, unit)]
+    for warning in plan.warnings:
+        print(f"note: {warning}", flush=True)
+    for name, reason in plan.skipped:
+        print(f"note: {name} is left out: {reason}", flush=True)
+    print(f"{len(plan.units)} units of work, {len(plan.units) - len(missing)} done before", flush=True)
+    reports = run_units(plan, missing, say=lambda line: print(line, flush=True))
+    failed = [report for report in reports if report.error]
+    computed = time.perf_counter()
+
+    scores = write_results(plan, store, [unit for unit in plan.units if is_done(store, unit)])
+    seconds = {report.unit.label: round(report.seconds, 2) for report in reports}
+    seconds |= {"all units": round(computed - begin, 2), "scores": round(time.perf_counter() - computed, 2)}
+    write_run(store, plan, seconds, command_line(), started)
+    if settings.report:
+        from eval.report import write_report  # drawing libraries are loaded here
+
+        write_report(settings.out)
+
+    print("\n" + summary(scores, settings.intervals.level))
+    where = store.url_of("report.html") if settings.report else store.url_of("results.json")
+    print(f"\nLook at {where}; every score is in {store.url_of('results.json')}.")
+    for report in failed:
+        print(f"\n{report.unit.label} failed:\n{report.error}", file=sys.stderr)
+    if failed:
+        print(f"{len(failed)} of {len(plan.units)} units failed; run the same command again for these", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
+    """Turn the tables of finished units into ``results.json`` and the tables that figures are drawn from."""
+    settings = plan.settings
+    context = ScoreContext(
+        dataset=plan.dataset.name,
+        dataset_hash=plan.dataset.content_hash,
+        split=settings.split,
+        num_bootstrap=settings.intervals.num_bootstrap,
+        seed=settings.intervals.seed,
+        level=settings.intervals.level,
+        notes=tuple(f"data: {flag}" for flag in plan.dataset.contract.flags),
+    )
+    scores: list[Score] = []
+    for name in settings.tasks:
+        outputs = [(unit.spec, read_output(store, unit)) for unit in done if unit.task == name]
+        if not outputs:
+            continue
+        scores += make_scores(make_task(name, settings), outputs, context)
+        if name == "reconstruction":
+            write_parcels(store, outputs, plan.dataset.contract.atlas)
+            write_examples(store, outputs, plan)
+        elif name == "forecasting":
+            write_forecast_curves(store, outputs, settings.intervals)
+    write_scores(store, scores)
+    return scores
+
+
+def print_plan(plan: Plan) -> None:
+    """Say what would be done."""
+    store = Store(plan.settings.out)
+    print(to_yaml(plan.settings))
+    cohort = plan.cohort()
+    print(
+        f"data set {plan.dataset.name}: {len(cohort.recordings())} {plan.settings.split} recordings, "
+        f"{sum(plan.usable)} of {len(plan.usable)} parcels scored, "
+        f"windows of {plan.window_len}, patches of {plan.patch_len}"
+    )
+    for info in plan.checkpoints:
+        print(f"checkpoint {info.name}: {info.num_parameters:,} parameters, {info.folder}")
+    for unit in plan.units:
+        print(f"  {'done' if is_done(store, unit) else 'to do'}  {unit.label}")
+    for name, reason in plan.skipped:
+        print(f"  left out: {name}, {reason}")
+    for warning in plan.warnings:
+        print(f"  note: {warning}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

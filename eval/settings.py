@@ -1,0 +1,79 @@
+"""What ``eval/run.py`` is told: one YAML file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from brainlm.config import Section
+from brainlm.dataset import Split
+from brainlm.errors import ConfigError
+from eval.tasks.forecasting import ForecastingSettings
+from eval.tasks.networks import NetworksSettings
+from eval.tasks.reconstruction import ReconstructionSettings
+
+TaskName = Literal["reconstruction", "forecasting", "networks"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntervalsSettings(Section):
+    """Bootstrap over subjects."""
+
+    num_bootstrap: int = 2000
+    seed: int = 0
+    level: float = 0.95
+
+    def __post_init__(self) -> None:
+        if self.num_bootstrap < 1 or not 0 < self.level < 1:
+            raise ConfigError("intervals: num_bootstrap must be at least 1 and level between 0 and 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RaySettings(Section):
+    """Where the work runs."""
+
+    address: str = "local"
+    """``local`` starts a private Ray here, ``auto`` joins the cluster of a submitted job."""
+    workers: int = 2
+    """Units of work at a time; 0 = in this process, without Ray."""
+
+    def __post_init__(self) -> None:
+        if self.workers < 0:
+            raise ConfigError(f"ray.workers must be 0 or more, found {self.workers}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalSettings(Section):
+    """Everything that decides what is scored, and how."""
+
+    dataset: str
+    """URL of a prepared data set."""
+    out: str
+    """Results folder; a second run computes only what is missing there."""
+    checkpoints: tuple[str, ...] = ()
+    """Checkpoint folders, or training-run folders (their newest complete checkpoint is taken)."""
+    split: Split = "test"
+    tasks: tuple[TaskName, ...] = ("reconstruction", "forecasting", "networks")
+    include_untrained: bool = True
+    untrained_seed: int = 0
+    allow_seen_subjects: bool = False
+    """Score subjects that a checkpoint was trained on; every score is then marked."""
+    reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
+    forecasting: ForecastingSettings = field(default_factory=ForecastingSettings)
+    networks: NetworksSettings = field(default_factory=NetworksSettings)
+    intervals: IntervalsSettings = field(default_factory=IntervalsSettings)
+    ray: RaySettings = field(default_factory=RaySettings)
+    batch_size: int = 8
+    """Windows given to a model at once; no score depends on it."""
+    threads: int = 1
+    """Threads of torch and BLAS in each worker."""
+    device: str = "cpu"
+    """Of the networks: ``cpu`` or ``cuda``."""
+    report: bool = True
+    """Write figures and report.html at the end."""
+
+    def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) != len(self.tasks):
+            raise ConfigError("tasks: name at least one task, each once")
+        if self.batch_size < 1 or self.threads < 1:
+            raise ConfigError("batch_size and threads must be at least 1")

@@ -1,0 +1,133 @@
+"""Forecasting the end of a window (paper, Table 3 and Fig. 4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainlm.config import Section, to_tree
+from brainlm.errors import ConfigError
+from eval.baselines.autoregressive import Autoregressive
+from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
+from eval.baselines.simple import Mean, Persistence
+from eval.cohort import BoolArray, Cohort, Window
+from eval.models import Method, MethodSpec, load_network
+from eval.scoring import METRICS, SUMS, Centring, predict_windows, window_sums
+from eval.task import Grouping, Runtime, UnitOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastingSettings(Section):
+    """How far ahead, and what the autoregression may choose from."""
+
+    horizons: tuple[int, ...] = (20,)
+    """Timepoints predicted at the end of each window; multiples of the patch length."""
+    max_windows_per_recording: int = 1
+    orders: tuple[int, ...] = (1, 2, 3, 5, 8, 12)
+    """Of the autoregression; chosen on ``val``."""
+    reference: str = "autoregression"
+    """Baseline that every method is compared with, fixed in advance."""
+
+    def __post_init__(self) -> None:
+        if not self.horizons or any(horizon < 1 for horizon in self.horizons):
+            raise ConfigError(f"forecasting.horizons: expected at least one, each above 0, found {self.horizons}")
+        if not self.orders or any(order < 1 for order in self.orders) or self.max_windows_per_recording < 1:
+            raise ConfigError("forecasting: orders and max_windows_per_recording must be at least 1")
+
+
+class Forecasting:
+    """Observe the beginning of a window and predict its last timepoints.
+
+    Nothing of the future is used: each parcel is centred on the mean of its observed part. Only the optimum is given
+    series centred on the whole recording, because the planted process has a known mean.
+    """
+
+    name = "forecasting"
+    version = 1
+
+    def __init__(self, settings: ForecastingSettings) -> None:
+        self.settings = settings
+
+    def hashed_settings(self) -> dict[str, Any]:
+        tree = to_tree(self.settings)
+        del tree["reference"]
+        return tree
+
+    def why_not(self, cohort: Cohort) -> str:
+        for horizon in self.settings.horizons:
+            if horizon % cohort.patch_len or horizon >= cohort.window_len:
+                raise ConfigError(
+                    f"forecasting.horizons: {horizon} must be a multiple of the patch length {cohort.patch_len} and "
+                    f"below the window length {cohort.window_len}"
+                )
+        return "" if cohort.recordings() else f"no {cohort.split} recording is {cohort.window_len} timepoints long"
+
+    def reference(self) -> str:
+        return self.settings.reference
+
+    def baselines(self, cohort: Cohort) -> list[MethodSpec]:
+        specs = [
+            MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1")
+            for name in ("mean", "persistence", "autoregression")
+        ]
+        if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
+            notes = ("knows the mean of the whole recording",)
+            specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1", notes=notes))
+        return specs
+
+    def controls(self, spec: MethodSpec) -> list[MethodSpec]:
+        return []
+
+    def method(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime, horizon: int) -> Method:
+        contract = cohort.dataset.contract
+        if spec.checkpoint:
+            return load_network(spec, runtime.untrained_seed, runtime.device)
+        if spec.name == "optimum":
+            return Optimum(cohort.dataset)
+        if spec.name == "autoregression":
+            return Autoregressive(contract, self.settings.orders, horizon)
+        return Mean(contract) if spec.name == "mean" else Persistence(contract)
+
+    def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
+        centring: Centring = "recording" if spec.kind == "optimum" else "visible"
+        rows = []
+        for horizon in self.settings.horizons:
+            method = self.method(spec, cohort, runtime, horizon)
+            method.fit(cohort)
+
+            def draw(window: Window, horizon: int = horizon) -> BoolArray:
+                return future_mask(cohort, window.scored_P, horizon)
+
+            windows = cohort.windows(self.settings.max_windows_per_recording)
+            sums: dict[int, dict[int, dict[str, Any]]] = {}
+            for _, item in predict_windows(method, cohort, windows, draw, (centring,), runtime.batch_size):
+                ref = item.window.ref
+                sums.setdefault(ref.index, {})[ref.start] = window_sums(item, axis=(0,))
+            for index, parts in sorted(sums.items()):
+                ordered = [parts[start] for start in sorted(parts)]
+                total = {name: np.sum([part[name] for part in ordered], axis=0)[-horizon:] for name in SUMS}
+                for step in range(1, horizon + 1):
+                    rows.append(
+                        {
+                            **cohort.identifiers(index),
+                            "horizon": horizon,
+                            "step": step,
+                            "num_windows": len(ordered),
+                            **{name: float(total[name][step - 1]) for name in SUMS},
+                        }
+                    )
+        return UnitOutput(table=pd.DataFrame(rows))
+
+    def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
+        return [(table.drop(columns="step"), Grouping(conditions=("horizon",), metrics=METRICS))]
+
+
+def future_mask(cohort: Cohort, scored_P: BoolArray, horizon: int) -> BoolArray:
+    """Return the mask (L,) that hides the last `horizon` timepoints of every parcel, and missing parcels."""
+    mask = np.zeros((cohort.num_parcels, cohort.num_patches), dtype=bool)
+    mask[:, -(horizon // cohort.patch_len) :] = True
+    mask[~scored_P] = True
+    return mask.reshape(-1)

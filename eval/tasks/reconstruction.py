@@ -1,0 +1,167 @@
+"""Reconstruction of hidden tokens (paper, Table 1 and Fig. 3)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainlm.config import Section, to_tree
+from brainlm.errors import ConfigError
+from eval.baselines.gaussian import Gaussian, random_mask
+from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
+from eval.baselines.simple import Interpolation, Mean
+from eval.cohort import BoolArray, Cohort, FloatArray, Window
+from eval.models import Method, MethodSpec, load_network
+from eval.scoring import METRICS, SUMS, Centring, Scored, predict_windows, window_sums
+from eval.task import Grouping, Runtime, UnitOutput
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSettings(Section):
+    """What is hidden, and what the Gaussian baselines may choose from."""
+
+    mask_ratios: tuple[float, ...] = (0.2, 0.5, 0.75)
+    centrings: tuple[Centring, ...] = ("recording", "visible")
+    """``recording``: series as stored (the paper). ``visible``: also centred on visible values alone (no leak)."""
+    max_windows_per_recording: int = 1
+    seed: int = 0
+    shrinkages: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
+    own_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
+    """Of the baseline ``gaussian adapted``; empty leaves that baseline out."""
+    num_tuning_windows: int = 8
+    num_examples: int = 3
+    """Windows whose predictions are kept for figures, at the middle mask ratio."""
+    reference: str = "gaussian"
+    """Baseline that every method is compared with, fixed in advance."""
+
+    def __post_init__(self) -> None:
+        if not self.mask_ratios or any(not 0 < ratio < 1 for ratio in self.mask_ratios):
+            raise ConfigError(
+                f"reconstruction.mask_ratios: expected fractions between 0 and 1, found {self.mask_ratios}"
+            )
+        if not self.centrings or not self.shrinkages:
+            raise ConfigError("reconstruction: centrings and shrinkages must not be empty")
+        if any(not 0 < weight < 1 for weight in self.shrinkages + self.own_weights):
+            raise ConfigError("reconstruction: shrinkages and own_weights must lie between 0 and 1")
+        if self.max_windows_per_recording < 1 or self.num_tuning_windows < 1 or self.num_examples < 0:
+            raise ConfigError("reconstruction: numbers of windows must be at least 1")
+
+
+class Reconstruction:
+    """Hide random tokens, rebuild them, score hidden values only.
+
+    Every method sees the same masks. Parcels that are missing or do not vary are not scored.
+    """
+
+    name = "reconstruction"
+    version = 1
+
+    def __init__(self, settings: ReconstructionSettings) -> None:
+        self.settings = settings
+
+    def hashed_settings(self) -> dict[str, Any]:
+        tree = to_tree(self.settings)
+        del tree["reference"]
+        return tree
+
+    def why_not(self, cohort: Cohort) -> str:
+        return "" if cohort.recordings() else f"no {cohort.split} recording is {cohort.window_len} timepoints long"
+
+    def reference(self) -> str:
+        return self.settings.reference
+
+    def baselines(self, cohort: Cohort) -> list[MethodSpec]:
+        names = ["mean", "interpolation", "gaussian"] + ["gaussian adapted"] * bool(self.settings.own_weights)
+        specs = [MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1") for name in names]
+        if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
+            specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1"))
+        return specs
+
+    def controls(self, spec: MethodSpec) -> list[MethodSpec]:
+        return []
+
+    def method(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> Method:
+        settings, contract = self.settings, cohort.dataset.contract
+        if spec.checkpoint:
+            return load_network(spec, runtime.untrained_seed, runtime.device)
+        if spec.name == "optimum":
+            return Optimum(cohort.dataset)
+        if spec.name.startswith("gaussian"):
+            own_weights = settings.own_weights if spec.name == "gaussian adapted" else ()
+            return Gaussian(contract, settings.shrinkages, own_weights, settings.num_tuning_windows)
+        return Mean(contract) if spec.name == "mean" else Interpolation(contract)
+
+    def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
+        settings = self.settings
+        method = self.method(spec, cohort, runtime)
+        method.fit(cohort)
+        # The planted process has a known mean; what is left after other centring is no longer that process.
+        centrings = tuple(c for c in settings.centrings if spec.kind != "optimum" or c == "recording")
+        sums: dict[tuple[int, float, Centring], dict[int, dict[str, Any]]] = {}
+        by_parcel: dict[float, dict[str, FloatArray]] = {}
+        examples: list[Scored] = []
+        shown = sorted(settings.mask_ratios)[len(settings.mask_ratios) // 2]
+        example_refs = [w.ref for w in self._example_windows(cohort)]
+        for ratio in settings.mask_ratios:
+
+            def draw(window: Window, ratio: float = ratio) -> BoolArray:
+                return random_mask(cohort, window.scored_P, ratio, settings.seed, window.ref)
+
+            windows = cohort.windows(settings.max_windows_per_recording)
+            parcel_parts: dict[tuple[int, int], dict[str, FloatArray]] = {}
+            for centring, item in predict_windows(method, cohort, windows, draw, centrings, runtime.batch_size):
+                ref = item.window.ref
+                sums.setdefault((ref.index, ratio, centring), {})[ref.start] = window_sums(item)
+                if centring == "recording":
+                    per_parcel = window_sums(item, axis=(1,))
+                    parcel_parts[ref.index, ref.start] = {name: per_parcel[name] for name in ("n", "sse", "sst")}
+                    if ratio == shown and ref in example_refs:
+                        examples.append(item)
+            if parcel_parts:  # added up in the order of the split, whatever the batches were
+                ordered = [parcel_parts[key] for key in sorted(parcel_parts)]
+                by_parcel[ratio] = {name: np.sum([part[name] for part in ordered], axis=0) for name in ordered[0]}
+        rows = []
+        for (index, ratio, centring), parts in sorted(sums.items()):
+            ordered = [parts[start] for start in sorted(parts)]
+            rows.append(
+                {
+                    **cohort.identifiers(index),
+                    "mask": "random",
+                    "mask_ratio": ratio,
+                    "centring": centring,
+                    "num_windows": len(ordered),
+                    **{name: float(sum(part[name] for part in ordered)) for name in SUMS},
+                }
+            )
+        parcels = pd.concat(
+            [
+                pd.DataFrame({"parcel": np.arange(cohort.num_parcels), "mask_ratio": ratio, **parts})
+                for ratio, parts in by_parcel.items()
+            ],
+            ignore_index=True,
+        )
+        examples.sort(key=lambda item: example_refs.index(item.window.ref))
+        return UnitOutput(table=pd.DataFrame(rows), parcels=parcels, examples=_example_arrays(examples, shown))
+
+    def _example_windows(self, cohort: Cohort) -> list[Window]:
+        wanted = self.settings.num_examples
+        return list(cohort.windows(1, max_recordings=wanted)) if wanted else []
+
+    def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
+        return [(table, Grouping(conditions=("mask", "mask_ratio", "centring"), metrics=METRICS))]
+
+
+def _example_arrays(items: list[Scored], mask_ratio: float) -> dict[str, Any]:
+    if not items:
+        return {}
+    truth = [item.window.bold_PW / np.where(item.window.sd_P > 0, item.window.sd_P, 1.0)[:, None] for item in items]
+    scored = np.stack([item.window.scored_P for item in items])
+    return {
+        "truth_z": np.where(scored[:, :, None], np.stack(truth), np.nan).astype(np.float32),
+        "mask": np.stack([item.mask for item in items]),
+        "prediction": np.stack([item.prediction for item in items]).astype(np.float32),
+        "mask_ratio": np.array(mask_ratio),
+    }

@@ -1,0 +1,142 @@
+"""DeepSpeed, set up from our settings. The only file that imports it.
+
+The DeepSpeed dictionary is generated, so batch size and precision are written once. The optimizer is torch's AdamW:
+with it, resuming is exact (DeepSpeed's own CPU Adam recomputes its bias correction).
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from brainlm.errors import ConfigError, TrainingError
+from brainlm.model import BrainLM, Loss
+from brainlm.world import World, set_single_process_environment
+from train.param_groups import param_groups
+from train.settings import PretrainSettings, micro_batches
+
+
+def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that the settings mean."""
+    accumulation = micro_batches(settings, world_size)
+    return {
+        "train_batch_size": settings.data.batch_size,
+        "train_micro_batch_size_per_gpu": settings.data.batch_size // world_size // accumulation,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": settings.optimizer.clip_grad_norm,
+        "bf16": {"enabled": settings.engine.precision == "bf16"},
+        "zero_optimization": {"stage": settings.engine.zero_stage},
+        "zero_allow_untested_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed: forward and backward, update, and collectives over all ranks.
+
+    Parameters
+    ----------
+    settings : PretrainSettings
+    model : BrainLM
+        In float32, the same weights on every rank.
+    world : World
+    """
+
+    def __init__(self, settings: PretrainSettings, model: BrainLM, world: World) -> None:
+        on_gpu = torch.cuda.is_available()
+        if not on_gpu:
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        set_single_process_environment()
+        try:
+            import deepspeed
+        except ImportError as error:
+            raise ConfigError('DeepSpeed is not installed: pip install "brainlm[train]"') from error
+
+        if on_gpu:
+            torch.cuda.set_device(world.local_rank)
+        timeout = datetime.timedelta(seconds=settings.engine.timeout_s)
+        deepspeed.init_distributed(
+            dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
+        )
+        self.world = world
+        self.config = deepspeed_dict(settings, world.size)
+        optimizer = torch.optim.AdamW(
+            param_groups(model, settings.optimizer.weight_decay),
+            lr=settings.optimizer.lr,
+            betas=settings.optimizer.betas,
+            eps=settings.optimizer.eps,
+        )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
+        self.device = torch.device(self._engine.device)
+
+    @property
+    def model(self) -> BrainLM:
+        """The wrapped model. Its weights may be partitioned (ZeRO 3) and are in the training precision."""
+        model = self._engine.module
+        assert isinstance(model, BrainLM)
+        return model
+
+    def forward(self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None) -> Loss:
+        loss = self._engine(windows, mask, present, ids_decoded)
+        assert isinstance(loss, Loss)
+        return loss
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients of one micro-batch; DeepSpeed averages over micro-batches and ranks."""
+        self._engine.backward(loss)
+
+    def micro_step(self) -> None:
+        """End a micro-batch. After the last one of a step: clip, update, clear gradients."""
+        self._engine.step()
+
+    def set_learning_rate(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def gradient_norm(self) -> float:
+        """Return the norm of the last update's gradient before clipping."""
+        norm = self._engine.get_global_grad_norm()
+        return float("nan") if norm is None else float(norm)
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        """Add numbers over all ranks; every rank gets the sums."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+
+    def barrier(self) -> None:
+        if self.world.size > 1:
+            torch.distributed.barrier()
+
+    def full_weights(self) -> dict[str, Tensor]:
+        """Gather float32 weights (the optimizer's own, not the rounded ones). All ranks take part."""
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        weights = {}
+        for name, parameter in self._engine.module.named_parameters():
+            full = safe_get_full_fp32_param(parameter)
+            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
+        return weights
+
+    def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
+        """Write a snapshot. All ranks take part."""
+        self._engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+
+    def load(self, folder: str, tag: str) -> dict[str, Any]:
+        """Restore a snapshot and return its client state. All ranks take part."""
+        path, client_state = self._engine.load_checkpoint(folder, tag=tag)
+        if path is None:
+            raise TrainingError(f"DeepSpeed could not load the snapshot {folder}/{tag}")
+        return dict(client_state)
+
+    def close(self) -> None:
+        """Leave the process group; what is left of gloo must not decide the exit status."""
+        self._engine.destroy()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

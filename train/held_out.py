@@ -1,0 +1,76 @@
+"""Validation on subjects that are not trained on: the same windows and masks every time."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+
+from brainlm.input_contract import InputContract
+from brainlm.masking import make_mask, mask_generator
+from brainlm.ordering import even_starts
+from brainlm.scaling import scale
+from brainlm.shards import SplitReader
+from train.engine import Engine
+from train.settings import ValidationSettings
+
+_SEED = 0x7A1
+
+
+class HeldOut:
+    """Fixed windows of the validation split.
+
+    Parameters
+    ----------
+    reader : SplitReader
+        Validation recordings; the first `max_recordings` are used.
+    """
+
+    def __init__(self, reader: SplitReader, contract: InputContract, settings: ValidationSettings) -> None:
+        self.windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        num_patches = contract.window_len // contract.patch_len
+        for index, entry in enumerate(reader.entries[: settings.max_recordings]):
+            series = reader.recording(index)
+            present = torch.from_numpy(reader.present(index) & contract.usable)
+            sd = series.std(axis=0) / np.where(contract.usable, contract.iqr, 1.0)  # contract units
+            for start in even_starts(entry.num_timepoints, contract.window_len, settings.windows_per_recording):
+                window = scale(series[start : start + contract.window_len], contract).T
+                mask = make_mask(
+                    "random", len(present), num_patches, settings.mask_ratio,
+                    mask_generator(_SEED, entry.recording_id, start), present,
+                )  # fmt: skip
+                self.windows.append(
+                    (torch.from_numpy(window.copy()), mask, present, torch.from_numpy(sd.astype(np.float32)))
+                )
+        # In contract units the recording's own mean is not 0 but -median / IQR.
+        zero = -contract.median / np.where(contract.usable, contract.iqr, 1.0)
+        self.recording_mean = torch.from_numpy(np.where(contract.usable, zero, 0.0).astype(np.float32))
+
+    @torch.no_grad()
+    def score(self, engine: Engine) -> dict[str, float]:
+        """Return ``val_loss`` (contract units) and ``val_r2`` (units of recording-and-parcel SD). All ranks take part.
+
+        R2 = 1 - sum SSE / sum SST over hidden values, SST about the recording-and-parcel mean.
+        """
+        model = engine.model.eval()
+        sums = [0.0, 0.0, 0.0, 0.0]
+        own = self.windows[engine.world.rank :: engine.world.size]
+        rounds = math.ceil(len(self.windows) / engine.world.size)  # partitioned weights need every rank in every round
+        for number in range(rounds):
+            window, mask, present, sd = own[number] if number < len(own) else self.windows[0]
+            batch = [tensor[None].to(engine.device) for tensor in (window, mask, present)]
+            predicted = model.reconstruct(*batch)[0].cpu()
+            if number >= len(own):
+                continue
+            scored = torch.isfinite(predicted) & (sd > 0)[:, None]
+            error = (predicted - window)[scored].double()
+            truth = (window - self.recording_mean[:, None])[scored].double()
+            unit = sd[:, None].expand_as(window)[scored].double()
+            sums[0] += float((error / unit).square().sum())
+            sums[1] += float((truth / unit).square().sum())
+            sums[2] += float(error.square().sum())
+            sums[3] += scored.sum().item()
+        sse, sst, squared, count = engine.sum_over_ranks(sums)
+        engine.model.train()
+        return {"val_loss": squared / count, "val_r2": 1 - sse / sst}

@@ -1,0 +1,153 @@
+"""The training loop: fetch, forward, backward, agree it is finite, update, log, validate, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+
+from brainlm.errors import TrainingError
+from brainlm.loader import WindowLoader
+from brainlm.presets import flops_per_window
+from brainlm.world import World
+from train.engine import Engine
+from train.held_out import HeldOut
+from train.interruption import Interruption
+from train.reporting import Reporter, peak_flops
+from train.schedule import learning_rate_at
+from train.settings import PretrainSettings
+from train.snapshots import save_snapshot
+from train.state import TrainState
+
+
+def train(
+    engine: Engine,
+    loader: WindowLoader,
+    held_out: HeldOut,
+    state: TrainState,
+    settings: PretrainSettings,
+    folder: Path,
+    world: World,
+    reporter: Reporter | None,
+    interruption: Interruption,
+) -> bool:
+    """Train from ``state.step`` to ``settings.run.steps``. All ranks take part.
+
+    Returns
+    -------
+    bool
+        True if every step is done; False if the run was asked to stop, after a snapshot was saved.
+
+    Raises
+    ------
+    TrainingError
+        On all ranks, before the optimizer moves, when a loss is not finite on any of them.
+    """
+    run, num_steps = settings.run, settings.run.steps
+    model_config = engine.model.config
+    flops = {
+        ratio: 3 * flops_per_window(model_config, engine.model.num_parcels, ratio, settings.masks.num_decoded)
+        for ratio in settings.masks.ratios
+    }
+    mean_flops = sum(flops.values()) / len(flops)
+    tokens_per_window = engine.model.num_parcels * model_config.num_patches
+    peak = peak_flops()
+    since = _Since()
+    engine.model.train()
+    for batches in loader.iterate(state.step, num_steps):
+        step_started = time.perf_counter()
+        counts = engine.sum_over_ranks([float(sum(_num_scored(b.mask, b.present, b.ids_decoded) for b in batches))])
+        num_values = counts[0] * model_config.patch_len
+        lr = learning_rate_at(state.step, num_steps, settings.optimizer)
+        engine.set_learning_rate(lr)
+        sums = [0.0, 0.0]
+        for number, cpu_batch in enumerate(batches):
+            batch = cpu_batch.to(engine.device)
+            loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded)
+            # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
+            engine.backward(loss.sum * (world.size * len(batches) / num_values))
+            sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
+            if number + 1 < len(batches):
+                engine.micro_step()
+        squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
+        if not math.isfinite(squared):
+            raise TrainingError(
+                f"the loss of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
+                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:8]}"
+            )
+        engine.micro_step()
+        state.step += 1
+        state.windows_seen += settings.data.batch_size
+        state.seconds_trained += time.perf_counter() - step_started
+        since.add(squared / num_values, target / num_values)
+
+        metrics: dict[str, float] = {}
+        last = state.step == num_steps
+        if state.step % run.log_every == 0 or last:  # all ranks compute, rank zero writes
+            rate = since.num_steps * settings.data.batch_size / since.elapsed_s
+            metrics = {
+                "loss": since.mean_loss,
+                "train_r2": 1 - since.mean_loss / since.mean_target,
+                "lr": lr,
+                "grad_norm": engine.gradient_norm(),
+                "windows_per_s": rate,
+                "tokens_per_s": rate * tokens_per_window,
+                "tflops_per_s": rate * mean_flops / 1e12,
+                "data_wait": loader.data_wait_s / since.elapsed_s,
+                "seconds_trained": state.seconds_trained,
+            }
+            if peak is not None:
+                metrics["mfu"] = rate * mean_flops / (peak * world.size)
+            loader.data_wait_s = 0.0
+            since = _Since()
+        if state.step % settings.validation.every == 0 or last:  # all ranks
+            started = time.perf_counter()
+            scores = held_out.score(engine)
+            metrics |= scores
+            state.best_val_r2 = max(scores["val_r2"], state.best_val_r2 or -math.inf)
+            since.paused_s += time.perf_counter() - started
+        if reporter is not None and metrics:  # rank zero
+            reporter.log(state.step, metrics)
+        stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
+        if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
+            started = time.perf_counter()
+            save_snapshot(engine, state, folder / "snapshots", run.keep_snapshots, world)
+            since.paused_s += time.perf_counter() - started
+        if stopping and not last:
+            return False
+    return True
+
+
+class _Since:
+    """Means since the last log line."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.paused_s = 0.0
+        self.num_steps = 0
+        self._loss = self._target = 0.0
+
+    def add(self, loss: float, target: float) -> None:
+        self.num_steps += 1
+        self._loss += loss
+        self._target += target
+
+    @property
+    def elapsed_s(self) -> float:
+        return max(time.perf_counter() - self.started - self.paused_s, 1e-9)
+
+    @property
+    def mean_loss(self) -> float:
+        return self._loss / self.num_steps
+
+    @property
+    def mean_target(self) -> float:
+        return self._target / self.num_steps
+
+
+def _num_scored(mask, present, ids_decoded) -> int:  # type: ignore[no-untyped-def]
+    """Count hidden tokens of present parcels that the loss of a micro-batch is over."""
+    scored = mask & present.repeat_interleave(mask.shape[1] // present.shape[1], dim=1)
+    if ids_decoded is not None:
+        scored = scored.gather(1, ids_decoded)
+    return int(scored.sum())

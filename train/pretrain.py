@@ -1,0 +1,215 @@
+"""Pretrain BrainLM on a prepared data set.
+
+    deepspeed --num_accelerators 2 train/pretrain.py --config train/configs/demo.yaml [section.key=value ...]
+    python train/pretrain.py --config train/configs/demo.yaml              # one process
+
+A run that was stopped goes on from its newest snapshot when the same command is given again; a finished one says so.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from brainlm.checkpoint import save_checkpoint
+from brainlm.config import load_config, parse_entry_args, to_tree, to_yaml
+from brainlm.dataset import Dataset, open_dataset
+from brainlm.errors import BrainLMError, ConfigError
+from brainlm.loader import WindowLoader
+from brainlm.model import BrainLM
+from brainlm.presets import flops_per_window
+from brainlm.provenance import git_commit, versions
+from brainlm.world import World, read_world
+from train.engine import Engine, deepspeed_dict
+from train.held_out import HeldOut
+from train.interruption import Interruption
+from train.loop import train
+from train.reporting import Reporter
+from train.settings import PretrainSettings, check_settings, micro_batches
+from train.snapshots import resume_newest
+from train.state import TrainState
+
+logger = logging.getLogger("pretrain")
+DONE = "done.json"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_entry_args(__doc__ or "", argv)
+    world = read_world()
+    logging.basicConfig(level=logging.INFO if world.is_rank_zero else logging.ERROR, format="pretrain: %(message)s")
+    for noisy in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    try:
+        settings = load_config(PretrainSettings, args.config, args.overrides)
+        check_settings(settings, world.size)
+        dataset = open_dataset(settings.data.dataset)
+        if args.dry_run:
+            if world.is_rank_zero:
+                print(plan(settings, dataset, world))
+            return 0
+        return run(settings, dataset, world)
+    except BrainLMError as error:
+        logger.error("%s", error)
+        return 1
+
+
+def plan(settings: PretrainSettings, dataset: Dataset, world: World) -> str:
+    """Return the resolved settings and what they amount to, as text."""
+    model = new_model(settings, dataset)
+    config = model.config
+    tokens = model.num_parcels * config.num_patches
+    batch = settings.data.batch_size
+    ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
+    flops = 3 * flops_per_window(config, model.num_parcels, ratio, settings.masks.num_decoded)
+    parameters = model.num_parameters
+    lines = [
+        to_yaml(settings).rstrip(),
+        "",
+        f"parameters            {parameters:,}",
+        f"tokens per window     {tokens:,} ({model.num_parcels} parcels x {config.num_patches} patches)",
+        f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
+        f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
+        f"windows in the run    {settings.run.steps * batch:,}",
+        f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
+        f"data set              {dataset.name}, content {dataset.content_hash[:12]}",
+    ]
+    return "\n".join(lines)
+
+
+def new_model(settings: PretrainSettings, dataset: Dataset) -> BrainLM:
+    """Build the model, the same on every rank."""
+    config = settings.model.resolved
+    contract = dataset.contract.with_windows(config.window_len, config.patch_len)
+    torch.manual_seed(settings.run.seed)
+    return BrainLM(config, contract)
+
+
+def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
+    """Train, or go on training, and export the checkpoint. All ranks take part."""
+    folder = Path(settings.run.out)
+    if (folder / DONE).is_file():
+        check_same_run(settings, dataset, folder)
+        done = json.loads((folder / DONE).read_text())
+        logger.info("this run is done: %s", done["checkpoint"])
+        return 0
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(settings.engine.threads or max(1, cores // world.size))
+
+    model = new_model(settings, dataset)
+    contract = model.contract
+    reader, validation = dataset.split("train"), dataset.split("val")
+    for split, part in (("train", reader), ("val", validation)):
+        if len(part) == 0:
+            raise ConfigError(f"{dataset.store.url}: the {split} split is empty; prepare with other split fractions")
+    loader = WindowLoader(
+        reader,
+        contract,
+        settings.masks,
+        batch_size=settings.data.batch_size,
+        windows_per_recording=settings.data.windows_per_recording,
+        seed=settings.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        micro_batches=micro_batches(settings, world.size),
+    )
+    held_out = HeldOut(validation, contract, settings.validation)
+    logger.info(
+        "%s parameters; %d recordings to train on, %d windows to validate on; %d steps of %d windows on %d rank(s)",
+        f"{model.num_parameters:,}", len(reader), len(held_out.windows), settings.run.steps,
+        settings.data.batch_size, world.size,
+    )  # fmt: skip
+    manifest = describe(settings, dataset, model, world)
+    if world.is_rank_zero:
+        write_run_files(settings, dataset, folder, manifest)
+    engine = Engine(settings, model, world)
+    engine.barrier()
+
+    state = resume_newest(engine, folder / "snapshots", world)
+    if state is not None:
+        logger.info("resumed after step %d", state.step)
+    state = state or TrainState()
+    interruption = Interruption().install()
+    reporter = Reporter(folder, settings.run.steps, state.step) if world.is_rank_zero else None
+    try:
+        finished = train(engine, loader, held_out, state, settings, folder, world, reporter, interruption)
+    finally:
+        if reporter is not None:
+            reporter.__exit__(None, None, None)
+    if not finished:
+        logger.warning("stopped after step %d of %d; give the same command to go on", state.step, settings.run.steps)
+        engine.close()
+        return 0
+
+    weights = engine.full_weights()
+    if world.is_rank_zero:
+        checkpoint = folder / "checkpoints" / f"step-{state.step}"
+        subjects = sorted({entry.subject for entry in reader.entries})
+        manifest |= {"step": state.step, "windows_seen": state.windows_seen, "best_val_r2": state.best_val_r2}
+        sha256 = save_checkpoint(str(checkpoint), model, manifest, subjects, weights)
+        done_text = json.dumps({"checkpoint": str(checkpoint), "weights_sha256": sha256, "step": state.step})
+        (folder / f"{DONE}.tmp").write_text(done_text)
+        os.replace(folder / f"{DONE}.tmp", folder / DONE)
+        logger.info("done: %s", checkpoint)
+    engine.barrier()
+    engine.close()
+    return 0
+
+
+def describe(settings: PretrainSettings, dataset: Dataset, model: BrainLM, world: World) -> dict[str, Any]:
+    """Return the manifest: where this run's numbers come from. No subject ids."""
+    return {
+        "git_commit": git_commit(),
+        "dataset": dataset.name,
+        "data_hash": dataset.content_hash,
+        "num_parameters": model.num_parameters,
+        "world_size": world.size,
+        "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
+        "deepspeed": deepspeed_dict(settings, world.size),
+        "config": to_tree(settings),
+    }
+
+
+def write_run_files(settings: PretrainSettings, dataset: Dataset, folder: Path, manifest: dict[str, Any]) -> None:
+    """Write config.yaml and manifest.json before step 0; a folder of another run is an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if (folder / "manifest.json").is_file():
+        check_same_run(settings, dataset, folder)
+        return
+    (folder / "config.yaml").write_text(to_yaml(settings))
+    temporary = folder / "manifest.json.tmp"
+    temporary.write_text(json.dumps(manifest, indent=1))
+    os.replace(temporary, folder / "manifest.json")
+
+
+def check_same_run(settings: PretrainSettings, dataset: Dataset, folder: Path) -> None:
+    """Raise `ConfigError` that lists what differs, if the folder belongs to a run with other settings or data."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    theirs, ours = _flat(manifest["config"]), _flat(to_tree(settings))
+    differs = [
+        f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key)
+    ]
+    if manifest["data_hash"] != dataset.content_hash:
+        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {dataset.content_hash[:12]} here")
+    if differs:
+        raise ConfigError(
+            f"{folder} belongs to a run with other settings; choose another run.out, or remove it:\n"
+            + "\n".join(differs)
+        )
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix: tree}
+    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
