@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
 QUERY_BLOCK = 128  # queries whose probabilities are in memory at a time; they stay in a core's cache
 
 
@@ -69,7 +68,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid_BM: Tensor | None = None) -> T
         True = may be attended to.
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        y: Tensor = BlockedAttention.apply(q, k, v, valid_BM)
+        y: Tensor = BlockedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), valid_BM)
         return y
     allowed = None if valid_BM is None else valid_BM[:, None, None, :]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed)
