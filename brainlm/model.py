@@ -144,20 +144,23 @@ class BrainLM(nn.Module):
     # ------------------------------------------------------------------ set-up
 
     def init_weights(self, generator: torch.Generator | None = None) -> None:
-        """Set all initial values: Xavier-uniform matrices as in MAE, zero biases, parcel codes of positions' size."""
+        """Set all initial values: Xavier-uniform matrices and zero biases as in MAE, with the changes said below."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
                 nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.5, generator=generator)
+                nn.init.normal_(module.weight, std=0.25, generator=generator)
             elif isinstance(module, nn.LayerNorm):
                 nn.init.ones_(module.weight)
                 nn.init.zeros_(module.bias)
-        for module in self.modules():
-            if isinstance(module, Attention):  # a token first attends to those that lie near it in time and space
-                with torch.no_grad():
+        with torch.no_grad():
+            for module in self.modules():
+                if isinstance(module, Attention):  # keys = queries: a token first attends to those near it
                     module.key_value.weight[: module.query.out_features].copy_(module.query.weight)
+                elif isinstance(module, TokenPosition):  # near in time before near in space: BOLD is shared at one time
+                    module.time.weight.mul_(1.5)
+            self.decoder_pred.weight.mul_(0.1)  # begin near the mean, not with noise that must be unlearned first
         nn.init.normal_(self.cls_token, std=0.02, generator=generator)
         nn.init.normal_(self.mask_token, std=0.02, generator=generator)
 

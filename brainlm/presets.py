@@ -6,10 +6,10 @@ from brainlm.errors import ConfigError
 from brainlm.model import ModelConfig
 
 PRESETS: dict[str, ModelConfig] = {
-    # Learns within minutes on a laptop's CPU: one layer each way, heads wider than a patch to carry waveforms.
+    # Learns within minutes on a laptop's CPU: one layer each way, one head, wide enough for waveforms.
     "tiny": ModelConfig(
-        width=64, depth=1, num_heads=2, mlp_width=128,
-        decoder="cross", decoder_width=64, decoder_depth=1, decoder_num_heads=2, decoder_mlp_width=128,
+        width=64, depth=1, num_heads=1, mlp_width=128,
+        decoder="cross", decoder_width=64, decoder_depth=1, decoder_num_heads=1, decoder_mlp_width=128,
     ),
     # The paper's 13M: 4 encoder and 2 decoder layers of width 512, 4 heads, feed-forward 1024, decoder over all tokens.
     "13m": ModelConfig(

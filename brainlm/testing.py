@@ -1,4 +1,4 @@
-"""Small synthetic data sets for tests: numpy alone, written through the same shards and contract as real ones."""
+"""Small synthetic data sets and models for tests, written through the same shards and contract as real ones."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +18,9 @@ from brainlm.scaling import centre, robust_statistics
 from brainlm.shards import ShardEntry, StoredDtype, encode_shard, shard_name, write_shard
 from brainlm.state_space import TRUTH_FILE, LinearStateSpace
 from brainlm.store import Store
+
+if TYPE_CHECKING:
+    from brainlm.model import BrainLM
 
 DEFAULT_SUBJECTS: Mapping[str, int] = {"train": 12, "val": 3, "test": 4}
 
@@ -158,6 +161,25 @@ def write_synthetic_dataset(
         },
     )
     return open_dataset(url)
+
+
+def small_model(contract: InputContract, seed: int = 0) -> BrainLM:
+    """Return an untrained model of a few thousand weights for windows of the contract, in evaluation mode."""
+    import torch
+
+    from brainlm.model import BrainLM, ModelConfig
+
+    config = ModelConfig(
+        width=32,
+        mlp_width=64,
+        decoder_width=32,
+        decoder_mlp_width=64,
+        window_len=contract.window_len,
+        patch_len=contract.patch_len,
+    )
+    model = BrainLM(config, contract)
+    model.init_weights(torch.Generator().manual_seed(seed))
+    return model.eval()
 
 
 def _write_truth(store: Store, system: LinearStateSpace, atlas: Atlas, gains: Mapping[str, float], tr_s: float) -> None:

@@ -97,7 +97,8 @@ class AtlasImage:
         to_image = np.linalg.inv(affine) @ self.affine
         centres = np.column_stack([labelled, np.ones(len(labelled))]).astype(np.float64) @ to_image.T[:, :3]
         own = self.columns[tuple(labelled.T)]
-        _, visible = _nearest(centres, shape)
+        edge = 0.5 + 10.0**-GRID_DECIMALS
+        visible = np.all((centres >= -edge) & (centres <= np.asarray(shape) - 1 + edge), axis=1)
         in_view = np.bincount(own, weights=visible, minlength=num_parcels) / np.bincount(own, minlength=num_parcels)
         return Grid(voxels, columns, np.bincount(columns, minlength=num_parcels), in_view)
 

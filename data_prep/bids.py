@@ -68,7 +68,9 @@ def _participants(root: Path, settings: SourceSettings) -> tuple[pd.DataFrame, l
     table = read_table(path, ["participant_id", *names])
     if "participant_id" not in table.columns:
         raise DataError(f"{path}: expected a column participant_id, found {', '.join(map(str, table.columns))}")
-    table.insert(0, "subject", table.pop("participant_id").map(lambda value: text(value).removeprefix("sub-")))
+    subjects = table.pop("participant_id").map(lambda value: text(value).removeprefix("sub-"))
+    table = table.drop(columns="subject", errors="ignore")
+    table.insert(0, "subject", subjects)
     for wanted in (settings.columns.site, settings.columns.family, *(settings.phenotypes or ())):
         if wanted and wanted not in table.columns:
             raise DataError(f"{path} has no column {wanted!r} (it has {', '.join(map(str, table.columns))})")

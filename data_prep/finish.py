@@ -16,11 +16,11 @@ from brainlm import input_contract
 from brainlm.dataset import FORMAT_VERSION, MANIFEST, SPLITS
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
-from brainlm.store import Store
+from brainlm.store import Store, sha256_of_file
+from data_prep.parquet_tables import RECORDINGS, SUBJECTS, read_parquet, write_parquet
 from data_prep.quality_page import QualityReport, quality_page
 from data_prep.settings import PrepareSettings, differences
 from data_prep.sources import MAX_LISTED, Source, inputs_hash
-from data_prep.tables import RECORDINGS, SUBJECTS, write_parquet
 
 VERSIONS_OF = ("brainlm", "numpy", "scipy", "nibabel", "nilearn", "pandas", "pyarrow", "zarr")
 QUALITY_PAGE = "quality.html"
@@ -48,13 +48,28 @@ def is_finished(out: Store, settings: PrepareSettings, source: Source) -> bool:
             f"{out.url} holds a data set made from other inputs: recordings, their tables or the sizes of files have "
             f"changed ({len(source.entries)} recordings found now). {advice}"
         )
-    if out.is_local:
-        made = Path(out.path(MANIFEST)).stat().st_mtime
-        files = {Path(name) for entry in source.entries for name in (entry.file, entry.confounds) if name}
-        newer = sorted(file.name for file in files if file.is_file() and file.stat().st_mtime > made)
-        if newer:
-            raise ConfigError(f"{len(newer)} source files are newer than {out.url}, for example {newer[0]}. {advice}")
+    changed = _changed_since(out, source)
+    if changed:
+        raise ConfigError(
+            f"{len(changed)} source files have changed since {out.url} was made, for example {changed[0]}. {advice}"
+        )
     return True
+
+
+def _changed_since(out: Store, source: Source) -> list[str]:
+    """Return source files that are newer than the data set and do not have the bytes that it was made from."""
+    made = out.fs.modified(out.path(MANIFEST)).timestamp()
+    pairs = [("source_sha256", entry.file, entry.recording_id) for entry in source.entries]
+    pairs += [("confounds_sha256", entry.confounds, entry.recording_id) for entry in source.entries if entry.confounds]
+    newer = [pair for pair in pairs if Path(pair[1]).is_file() and Path(pair[1]).stat().st_mtime > made]
+    if not newer:
+        return []
+    table = read_parquet(out, RECORDINGS).set_index("recording_id")
+    return [
+        Path(file).name
+        for column, file, recording_id in newer
+        if recording_id not in table.index or table.at[recording_id, column] != sha256_of_file(file)
+    ]
 
 
 def write_dataset(

@@ -21,7 +21,7 @@ from brainlm.errors import BrainLMError
 from brainlm.shards import FOLDER as SHARDS_FOLDER
 from data_prep.finish import content_hash
 from data_prep.one_recording import series_sha256
-from data_prep.tables import RECORDINGS, read_parquet
+from data_prep.parquet_tables import RECORDINGS, read_parquet
 from data_prep.zarr_store import zarr_root
 
 

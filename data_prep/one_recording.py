@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.errors import DataError, StoreError
-from brainlm.store import Store
+from brainlm.store import Store, sha256_of_file
 from data_prep.atlas_image import AtlasImage
 from data_prep.clean import clean, mean_fd_mm, read_confounds, select_confounds
 from data_prep.parcellate import parcellate
@@ -142,6 +142,8 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[NDArray[np.float32], N
         "num_missing_parcels": int(missing.sum()),
         "missing_parcels": np.flatnonzero(missing).tolist(),
         "source": entry.source,
+        "source_sha256": sha256_of_file(entry.file),
+        "confounds_sha256": sha256_of_file(entry.confounds) if entry.confounds else "",
         "series_sha256": as_read,
         "sha256": series_sha256(bold),
         "status": "prepared",
@@ -186,7 +188,7 @@ class _stage:
 
 
 def _check_missing(missing: NDArray[np.bool_], checks: CheckSettings) -> None:
-    if 1.0 - missing.mean() < checks.min_parcels:
+    if missing.all() or 1.0 - missing.mean() < checks.min_parcels:
         raise _Refused(
             "coverage",
             f"{(~missing).sum()} of {missing.size} parcels have signal (not missing, constant or NaN), "

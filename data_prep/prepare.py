@@ -26,11 +26,11 @@ from data_prep.clean import leak_flags
 from data_prep.contract_statistics import compute_statistics
 from data_prep.finish import QUALITY_PAGE, check_truth, is_finished, write_dataset
 from data_prep.one_recording import Recipe, prepare_recording
+from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED, REJECTED_COLUMNS, table_of, write_parquet
 from data_prep.resample import SAME_TR, future_s
 from data_prep.settings import PrepareSettings
-from data_prep.sources import MAX_LISTED, Source, find_recordings
+from data_prep.sources import MAX_LISTED, Source, find_recordings, text
 from data_prep.splits import SplitItem, assign_splits, find_duplicates
-from data_prep.tables import RECORDING_COLUMNS, REJECTED, REJECTED_COLUMNS, table_of, write_parquet
 from data_prep.work import Workers, workers
 from data_prep.write_shards import place_in_shards, write_shards
 from data_prep.zarr_store import FOLDER as ARCHIVE_FOLDER
@@ -150,8 +150,7 @@ def place(settings: PrepareSettings, source: Source, rows: list[Row]) -> list[li
         groups = {row["recording_id"]: "" if group_by == "subject" else row[group_by] for row in rows}
     elif group_by in source.subjects.columns:
         of_subject = dict(zip(source.subjects["subject"], source.subjects[group_by]))
-        values = {row["recording_id"]: of_subject[row["subject"]] for row in rows}
-        groups = {name: "" if value != value or value is None else str(value) for name, value in values.items()}
+        groups = {row["recording_id"]: text(of_subject[row["subject"]]) for row in rows}
     else:
         raise ConfigError(
             f"splits.group_by: expected subject, family, site or a phenotype column "

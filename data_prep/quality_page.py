@@ -56,7 +56,7 @@ def quality_page(report: QualityReport) -> str:
     parts += ["<h2>Splits</h2>", _table(["split", "recordings", "subjects", "timepoints"], by_split)]
     groups = table.groupby(["site", "source_tr_s"], sort=True)
     sites = [
-        [site or "(unknown)", f"{tr_s:g}", len(part), part["subject"].nunique(), f"{part['mean_fd_mm'].mean():.3f}"]
+        [site or "(unknown)", f"{tr_s:g}", len(part), part["subject"].nunique(), _mean(part["mean_fd_mm"])]
         for (site, tr_s), part in groups
     ]
     parts.append("<h2>Sites and repetition times</h2>")
@@ -77,6 +77,10 @@ def quality_page(report: QualityReport) -> str:
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(report.name)}: quality</title>\n'
         f"<style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
+
+
+def _mean(values: pd.Series) -> str:
+    return f"{values.mean():.3f}" if values.notna().any() else "unknown"
 
 
 def _parcels(contract: InputContract) -> str:

@@ -198,7 +198,7 @@ class PrepareSettings(Section):
     max_refused_fraction: float = 0.1
     """More refused recordings than this, and no data set is made."""
     statistics_memory_mb: int = 512
-    """Bound on memory while median and IQR are computed."""
+    """Bound on the memory of one task while median and IQR are computed."""
     truth: str | None = None
     """Folder with the truth of a simulated cohort, copied into the data set."""
     ray: RaySettings = field(default_factory=RaySettings)

@@ -17,6 +17,7 @@ from data_prep.settings import ColumnNames, SourceSettings
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz")
 MAX_LISTED = 10
+MAX_ID_LENGTH = 95  # a member's name in a tar, with its ending, has at most 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +82,7 @@ def find_recordings(settings: SourceSettings) -> Source:
 
 
 def inputs_hash(entries: list[SourceEntry], subjects: pd.DataFrame) -> str:
-    """Identify what goes in by ids, table values and the size of every file; contents are hashed when they are read."""
+    """Identify what goes in by ids, table values and the size of every file."""
     rows = []
     for entry in entries:
         row = asdict(entry)
@@ -169,7 +170,7 @@ def _find_table_recordings(settings: SourceSettings) -> Source:
     ids += [columns.family, columns.file, columns.confounds]
     text_columns = sorted({name for pattern in ids if pattern for name in _pattern_columns(pattern)})
     table = read_table(settings.path, text_columns)
-    phenotypes = list(settings.phenotypes or ())
+    phenotypes = [name for name in settings.phenotypes or () if name != "subject"]
     numbers = [name for name in (columns.tr_s, columns.mean_fd_mm) if name]
     absent = [name for name in [*text_columns, *numbers, *phenotypes] if name not in table.columns]
     if absent:
@@ -226,6 +227,8 @@ def _check_ids(entries: list[SourceEntry], where: str) -> None:
             f"{where}: expected ids of letters, digits, '-' and '_' without dots, slashes or blanks; found {listed}"
         )
     ids = [entry.recording_id for entry in entries]
+    if too_long := [value for value in ids if len(value) > MAX_ID_LENGTH]:
+        raise DataError(f"{where}: recording ids can have at most {MAX_ID_LENGTH} characters, found {too_long[0]!r}")
     twice = sorted({value for value in ids if ids.count(value) > 1}) if len(set(ids)) < len(ids) else []
     if twice:
         files = [f"{entry.recording_id} ({entry.source})" for entry in entries if entry.recording_id in twice]

@@ -68,6 +68,18 @@ class Cohort:
     patch_len: int
     subject_key: bytes = b""
 
+    @classmethod
+    def of(cls, dataset: Dataset, split: Split = "test") -> Cohort:
+        """Return a data set cut as its own contract says."""
+        contract = dataset.contract
+        return cls(
+            dataset=dataset,
+            split=split,
+            usable_P=contract.usable,
+            window_len=contract.window_len,
+            patch_len=contract.patch_len,
+        )
+
     @property
     def num_parcels(self) -> int:
         return self.dataset.contract.atlas.num_parcels

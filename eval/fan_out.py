@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
-from eval.planning import Plan, make_task
+from eval.planning import Plan, make_task, unit_for_worker
 from eval.task import Runtime, Unit, write_output
 
 
@@ -46,7 +46,7 @@ def run_units(plan: Plan, units: Sequence[Unit], say: Callable[[str], None] = pr
     Units that a lost worker leaves undone are tried again; what is finished stays finished.
     """
     reports: list[UnitReport] = []
-    sent = plan.without_units()
+    sent = plan.for_workers()
 
     def note(report: UnitReport) -> None:
         reports.append(report)
@@ -61,7 +61,7 @@ def run_units(plan: Plan, units: Sequence[Unit], say: Callable[[str], None] = pr
             note(compute_unit(sent, unit))
         return reports
     with ray_session(plan.settings.ray.address, num_cpus=workers) as ray:
-        tasks = [(sent, unit) for unit in units]
+        tasks = [(sent, unit_for_worker(unit)) for unit in units]
         for _, report in fan_out(ray, compute_unit, tasks, max_in_flight=workers):
             note(report)
     return reports

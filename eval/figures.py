@@ -1,4 +1,4 @@
-"""Figures of a report: matplotlib's `Figure` objects, and their SVG in a form that follows the page's light or dark colours.
+"""Figures of a report: matplotlib's `Figure` objects, and their SVG in a form that follows a page's theme.
 
 Every colour below is also a CSS variable of the page (`THEME`). A figure is drawn once in the light colours; inside the
 page each of them is replaced by its variable. No figure knows about files or about records.
@@ -6,7 +6,6 @@ page each of them is replaced by its variable. No figure knows about files or ab
 
 from __future__ import annotations
 
-import base64
 import io
 import re
 import warnings
@@ -20,11 +19,11 @@ from numpy.typing import NDArray
 
 INK, MUTED, RULE, SHADE, PAPER = "#1c1d21", "#6a6e77", "#d8d9de", "#ecebe5", "#fffffd"
 SERIES = ("#bf3f0a", "#2563a6", "#14776d", "#7a55b5", "#8a7412", "#b0306e", "#4f7a28", "#3f7f96")
-"""The first is the model's; the others go to baselines in the order of the tables."""
+MODEL_COLOURS, BASELINE_COLOURS = (SERIES[0], SERIES[5], SERIES[4]), (SERIES[1], SERIES[2], SERIES[3], *SERIES[6:])
 THEME: dict[str, str] = {INK: "ink", MUTED: "muted", RULE: "rule", SHADE: "shade", PAPER: "paper"} | {
     colour: f"series-{i}" for i, colour in enumerate(SERIES)
 }
-OFF_SCALE = -0.3  # an R2 far below zero would flatten everything else; it gets an arrow with its value instead
+OFF_SCALE = -0.1  # an R2 far below zero would flatten everything else; it gets an arrow with its value instead
 MAX_EXAMPLE_PARCELS = 5
 SMOOTH_OVER = 51  # optimizer steps of the running median in the training curves
 
@@ -111,6 +110,8 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     looks : mapping
         Row key to look, top to bottom.
     """
+    from matplotlib.ticker import MaxNLocator
+
     rows = [key for key in looks if any(key in panel.estimates for panel in panels)]
     everything = [estimate for panel in panels for estimate in panel.estimates.values()]
     values = np.array([e.value for e in everything] + [line for panel in panels for line in panel.lines.values()])
@@ -119,7 +120,7 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     left, right = min(float(shown.min()), 0.0), max(float(shown.max()), 0.05)
     cut = bool((values < left).any())
     pad = 0.06 * (right - left)
-    left, right = left - (0.32 * (right - left) if cut else pad), right + pad
+    left, right = left - ((0.12 + 0.12 * len(panels)) * (right - left) if cut else pad), right + pad
     figure = _figure(9.4, 1.05 + 0.31 * len(rows))
     axes = figure.subplots(1, len(panels), sharex=True, sharey=True, squeeze=False)[0]
     for axis, panel in zip(axes, panels):
@@ -154,13 +155,13 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
                 )
                 continue
             if estimate.low is not None and estimate.high is not None:
-                axis.plot([max(estimate.low, left), estimate.high], [row, row], color=look.colour, lw=1.8)
+                axis.plot([max(estimate.low, left), estimate.high], [row, row], color=look.colour, lw=2.2)
             axis.plot(
                 [estimate.value],
                 [row],
                 look.marker,
                 color=look.colour,
-                ms=5.5,
+                ms=4.8,
                 mec=look.colour,
                 mfc=PAPER if look.dashed else look.colour,
             )
@@ -169,6 +170,7 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     axes[0].set_yticks(range(len(rows)), [looks[key].label for key in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     axes[0].set_xlim(left, right)
+    axes[0].xaxis.set_major_locator(MaxNLocator(4 if len(panels) > 2 else 7, prune="upper"))
     figure.supxlabel(xlabel, fontsize=9)
     return figure
 
@@ -209,6 +211,8 @@ def draw_training(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapp
             if noisy:
                 axis.plot(steps, running_median(values, min(SMOOTH_OVER, len(values))), color=colours[run], lw=1.6)
         axis.set_xlabel("optimizer step")
+        if title == "Learning rate":
+            axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
         if title == "Loss (hidden values)":
             _log_if_wide(axis, [curve[:, 1] for curve in found.values()])
     if len(runs) > 1:
@@ -226,7 +230,7 @@ def _log_if_wide(axis: Any, values: Sequence[NDArray[np.float64]]) -> None:
 
 
 def _series(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> NDArray[np.float64]:
-    """Return (step, value) pairs, shape (K, 2), finite ones only; a step that was repeated counts once, as last written."""
+    """Return (step, value) pairs, shape (K, 2), finite ones only; of a step logged twice the last."""
     found: dict[float, float] = {}
     for row in rows:
         for name in names:
@@ -278,13 +282,13 @@ def draw_example(
         for start, stop in _runs(hidden_PW[parcel]):
             axis.axvspan((start - 0.5) * tr_s, (stop - 0.5) * tr_s, color=SHADE, lw=0)
         axis.plot(seconds, truth_PW[parcel], color=INK, lw=1.0)
-        for model, prediction in reversed(predictions.items()):  # the first model on top
+        for model, prediction in reversed(list(predictions.items())):  # the first model on top
             for start, stop in _patches(hidden_PW[parcel], patch_len):
                 axis.plot(
                     seconds[start:stop],
                     prediction[parcel, start:stop],
                     color=looks[model].colour,
-                    lw=1.8 if looks[model].colour == SERIES[0] else 1.1,
+                    lw=1.8 if looks[model].colour in MODEL_COLOURS else 1.1,
                     ls="--" if looks[model].dashed else "-",
                 )
         axis.set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
@@ -325,7 +329,7 @@ def draw_forecast(curves: Mapping[str, Sequence[NDArray[np.float64]]], looks: Ma
         lowest, highest = min([lowest, *kept]), max([highest, *value])
         axis.fill_between(x, low, high, color=look.colour, alpha=0.16, lw=0)
         axis.plot(
-            x, value, color=look.colour, lw=2 if look.colour == SERIES[0] else 1.3,
+            x, value, color=look.colour, lw=2 if look.colour in MODEL_COLOURS else 1.3,
             ls="--" if look.dashed else "-", marker=look.marker, ms=3, label=look.label,
         )  # fmt: skip
     pad = 0.08 * (highest - lowest)
@@ -443,8 +447,8 @@ def inline_svg(svg: bytes, name: str, label: str) -> str:
     text = re.sub(r'\sid="([^"]*)"', lambda m: f' id="{name}-{m[1]}"' if m[1] in used else "", text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{name}-\1)", text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{name}-\1"', text)
-    text = re.sub(r"(\d\.\d\d)\d+", r"\1", text)  # hundredths of a point
-    text = re.sub(r"font: (?:[^;\"]*?)([\d.]+)px [^;\"]*", _plain_font, text)
+    text = re.sub(r'\s(?:d|transform|x|y)="[^"]*"', _hundredths, text)
+    text = re.sub(r"font-family:[^;\"]*;?\s*", "", text)  # the page's own
     text = text.replace("#000000", "var(--ink)").replace("#a6a6a6", "var(--muted)")  # the glass brain's outlines
     for colour, variable in THEME.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -453,13 +457,8 @@ def inline_svg(svg: bytes, name: str, label: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label="{escape(label, quote=True)}"', 1).strip()
 
 
-def _plain_font(match: re.Match[str]) -> str:
-    weight = "font-weight: 600; " if re.search(r"\b(bold|[6-9]00)\b", match[0]) else ""
-    return f"{weight}font-size: {match[1]}px"
-
-
-def data_url(png: bytes) -> str:
-    return "data:image/png;base64," + base64.b64encode(png).decode()
+def _hundredths(match: re.Match[str]) -> str:
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", match[0])  # of a point: what no screen shows
 
 
 def minus(value: float, digits: int = 3) -> str:

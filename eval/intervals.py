@@ -7,6 +7,7 @@ is resampling rows of a small table, and the whole bootstrap is one matrix produ
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +19,16 @@ Metric = Callable[[Mapping[str, FloatArray]], FloatArray]
 _BOOTSTRAP = 0xB0
 
 
+@lru_cache(maxsize=8)
 def bootstrap_counts(num_units: int, num_bootstrap: int, seed: int) -> FloatArray:
     """Return how often each unit is drawn in each replicate, shape (num_bootstrap, num_units).
 
     Depends on the arguments alone: two models scored on the same subjects get the same draws, which pairs them.
     """
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_BOOTSTRAP, seed, num_units])))
-    return rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_bootstrap).astype(np.float64)
+    drawn = rng.multinomial(num_units, np.full(num_units, 1 / num_units), size=num_bootstrap).astype(np.float64)
+    drawn.setflags(write=False)  # shared by all who ask for the same draws
+    return drawn
 
 
 def metric_value(sums: Mapping[str, FloatArray], metric: Metric) -> float:
@@ -65,7 +69,8 @@ def bootstrap_difference(
 
 
 def _replicates(sums: Mapping[str, FloatArray], metric: Metric, counts: FloatArray) -> FloatArray:
-    return metric({name: counts @ np.asarray(values, dtype=np.float64) for name, values in sums.items()})
+    resampled = counts @ np.stack([np.asarray(values, dtype=np.float64) for values in sums.values()], axis=1)
+    return metric({name: resampled[:, column] for column, name in enumerate(sums)})
 
 
 def _interval(replicates: FloatArray, num_units: int, level: float) -> tuple[float, float]:

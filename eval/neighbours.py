@@ -32,7 +32,7 @@ def vote(distance: FloatArray, labels: IntArray, num_classes: int, neighbours: S
     """
     most = min(max(neighbours), distance.shape[1])
     nearest = np.argsort(distance, axis=1, kind="stable")[:, :most]
-    weight = 1 + 1e-6 * (most - np.arange(most))  # settles ties and nothing else
+    weight = 1 + 1e-6 / (1 + np.arange(most))  # settles ties and nothing else
     valid = np.isfinite(np.take_along_axis(distance, nearest, axis=1))
     one_hot = (labels[nearest][:, :, None] == np.arange(num_classes)) * (weight * valid)[:, :, None]
     votes = one_hot.cumsum(axis=1)  # (N, most, classes)

@@ -11,6 +11,7 @@ import numpy as np
 from brainlm.config import config_hash
 from brainlm.dataset import Dataset, open_dataset
 from brainlm.errors import ConfigError, DataError
+from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
 from eval.settings import EvalSettings
@@ -70,9 +71,27 @@ class Plan:
             subject_key=key,
         )
 
-    def without_units(self) -> Plan:
-        """Return what a worker needs."""
-        return replace(self, units=(), checkpoints=())
+    def for_workers(self) -> Plan:
+        """Return what a worker needs; local paths are absolute, because its working directory may be another."""
+        settings = replace(
+            self.settings,
+            dataset=absolute(self.settings.dataset),
+            out=absolute(self.settings.out),
+            checkpoints=tuple(absolute(folder) for folder in self.settings.checkpoints),
+        )
+        return replace(self, settings=settings, units=(), checkpoints=())
+
+
+def absolute(url: str) -> str:
+    """Return a local path as an absolute one, and any other URL as it is."""
+    store = Store(url)
+    return store.path() if store.is_local else url
+
+
+def unit_for_worker(unit: Unit) -> Unit:
+    """Return a unit whose checkpoint is found from anywhere."""
+    spec = unit.spec
+    return replace(unit, spec=replace(spec, checkpoint=absolute(spec.checkpoint))) if spec.checkpoint else unit
 
 
 def make_plan(settings: EvalSettings) -> Plan:

@@ -84,7 +84,7 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
         num_bootstrap=settings.intervals.num_bootstrap,
         seed=settings.intervals.seed,
         level=settings.intervals.level,
-        notes=tuple(f"data: {flag}" for flag in plan.dataset.contract.flags),
+        notes=data_notes(plan),
     )
     scores: list[Score] = []
     for name in settings.tasks:
@@ -99,6 +99,18 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
             write_forecast_curves(store, outputs, settings.intervals)
     write_scores(store, scores)
     return scores
+
+
+def data_notes(plan: Plan) -> tuple[str, ...]:
+    """Return what the preparation did to time, which every score depends on: the filter, and its known leaks."""
+    contract = plan.dataset.contract
+    ends = [
+        f"{word} {cutoff_hz:g} Hz"
+        for word, cutoff_hz in (("above", contract.high_pass_hz), ("below", contract.low_pass_hz))
+        if cutoff_hz is not None
+    ]
+    kept = "filtered, kept " + " and ".join(ends) if ends else "no temporal filter"
+    return (f"data: {kept}", *(f"data: {flag}" for flag in contract.flags))
 
 
 def print_plan(plan: Plan) -> None:

@@ -66,5 +66,9 @@ def _column(score: Score, by: str) -> str:
 
 def _cell(score: Score) -> str:
     if score.ci_low is None or score.ci_high is None:
-        return f"{score.value:.3f}"
-    return f"{score.value:.3f} [{score.ci_low:.3f}, {score.ci_high:.3f}]"
+        return _number(score.value)
+    return f"{_number(score.value)} [{_number(score.ci_low)}, {_number(score.ci_high)}]"
+
+
+def _number(value: float) -> str:
+    return f"{round(value, 3) + 0.0:.3f}"  # no "-0.000"

@@ -35,7 +35,9 @@ class Toy:
             volume[3:9, 2 + number * 2 : 4 + number * 2, 4:9] = label
         return volume
 
-    def write_atlas(self, name: str = "atlas.nii.gz", labels: np.ndarray | None = None, dtype: Any = np.float32) -> Path:
+    def write_atlas(
+        self, name: str = "atlas.nii.gz", labels: np.ndarray | None = None, dtype: Any = np.float32
+    ) -> Path:
         import nibabel
 
         image = nibabel.Nifti1Image((self.labels if labels is None else labels).astype(dtype), LAS)
@@ -68,6 +70,8 @@ class Toy:
         import nibabel
 
         path.parent.mkdir(parents=True, exist_ok=True)
+        if slope is not None:
+            volume = np.round((volume - slope[1]) / slope[0]).astype(dtype)
         header = nibabel.Nifti1Header(endianness=">" if big_endian else "<")
         header.set_data_dtype(np.dtype(dtype).newbyteorder(">" if big_endian else "<"))
         image = nibabel.Nifti1Image(volume, affine, header=header)

@@ -18,11 +18,6 @@ from data_prep import inspect_dataset
 from data_prep.prepare import main
 
 
-@pytest.fixture(autouse=True)
-def in_process(monkeypatch):
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-
-
 def recordings(folder):
     return pd.read_parquet(Path(folder) / "recordings.parquet")
 
@@ -88,20 +83,20 @@ def test_bad_recordings_are_refused_with_their_reason_while_the_rest_goes_on(toy
     root = toy.write_bids(rng, num_subjects=14)
     images = sorted(root.rglob("*.nii.gz"))
     images[0].write_bytes(images[0].read_bytes()[:-2000])
-    short = toy.paint(toy.write_series(rng, 30))
-    toy.write_image(images[1], short)
+    toy.write_image(images[1], toy.paint(toy.write_series(rng, 30)))
+    confounds = sorted(root.rglob("*_timeseries.tsv"))
+    confounds[1].write_text("\n".join(confounds[1].read_text().splitlines()[:31]) + "\n")
     toy.write_image(images[2], toy.paint(toy.write_series(rng)), tr_s=2.5)
     toy.write_image(images[3], toy.paint(toy.write_series(rng))[..., 0])
     images[4].rename(str(images[4]).replace("_space-MNI152NLin6Asym", "_space-T1w"))
-    confounds = sorted(root.rglob("*_timeseries.tsv"))[5]
-    confounds.write_text("\n".join(confounds.read_text().splitlines()[:-1]) + "\n")
+    confounds[5].write_text("\n".join(confounds[5].read_text().splitlines()[:-1]) + "\n")
     tree = toy.settings(root, clean={"confounds": ["trans_x"]}, max_refused_fraction=0.5)
     assert toy.prepare(tree) == 0
     assert "8 prepared, 6 refused" in capsys.readouterr().out
     found = rejected(tree["out"])
     reasons = found["reason"].tolist()
     assert "volume" in reasons[0]
-    assert "too short: 30 timepoints" in found["reason"].get("sub-01_task-rest", "") or "rows of confounds" in reasons[1]
+    assert "too short: 30 timepoints, a window needs 40" in reasons[1]
     assert "2 s by RepetitionTime" in reasons[2]
     assert "2.5 s in the image's header" in reasons[2]
     assert "4-D" in reasons[3]
@@ -115,7 +110,7 @@ def test_wrong_columns_are_refused_with_the_numbers(toy, rng):
     path = toy.write_table(rng, num_subjects=10)
     np.save(path.parent / "ts" / "S_000.npy", rng.normal(size=(60, 5)).astype(np.float32))
     (path.parent / "ts" / "S_001.npy").unlink()
-    tree = toy.settings(path, max_refused_fraction=0.2)
+    tree = toy.settings(path, max_refused_fraction=0.2, splits={"val": 0.0, "test": 0.0})
     assert toy.prepare(tree) == 0
     assert "5 columns of 60, the atlas has 6 parcels" in rejected(tree["out"]).loc["S_000", "reason"]
     assert "no file S_001.npy" in rejected(tree["out"]).loc["S_001", "reason"]
@@ -193,8 +188,11 @@ def test_changed_inputs_of_a_finished_data_set_are_refused(toy, rng, capsys):
     assert toy.prepare(tree) == 0
     later = (Path(tree["out"]) / "dataset.json").stat().st_mtime + 10
     os.utime(path.parent / "ts" / "S_000.npy", (later, later))
+    assert toy.prepare(tree) == 0  # touched, not changed
+    np.save(path.parent / "ts" / "S_000.npy", rng.normal(size=(60, 6)).astype(np.float32))
+    os.utime(path.parent / "ts" / "S_000.npy", (later, later))
     assert toy.prepare(tree) == 1
-    assert "S_000.npy" in capsys.readouterr().err
+    assert "1 source files have changed" in capsys.readouterr().err
     np.save(path.parent / "ts" / "S_000.npy", rng.normal(size=(70, 6)).astype(np.float32))
     assert toy.prepare(tree) == 1
     assert "other inputs" in capsys.readouterr().err
@@ -213,9 +211,10 @@ def test_interrupted_run_does_only_what_is_missing(toy, rng, monkeypatch, tree_b
     def stop(*arguments):
         raise Killed
 
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch:
         patch.setattr("data_prep.prepare.write_shards", stop)
-        toy.prepare(tree)
+        with pytest.raises(Killed):
+            toy.prepare(tree)
     staged = list(out.glob("staging/*/*.npz"))
     assert len(staged) == 6
     staged[0].with_suffix(".json").unlink()
@@ -256,6 +255,28 @@ def test_several_repetition_times_ask_for_a_target(toy, rng, capsys):
     assert table["tr_s"].eq(2.0).all()
     assert sorted(table["num_timepoints"].unique()) == [45, 60]
     assert any("resampled" in flag for flag in open_dataset(tree["out"]).contract.flags)
+
+
+def test_atlas_and_images_in_two_templates_are_a_warning(toy, rng, capsys):
+    tree = toy.settings(toy.write_bids(rng))
+    tree["atlas"]["space"] = "MNI152NLin2009cAsym"
+    assert toy.prepare(tree) == 0
+    assert "6 recordings are in MNI152NLin6Asym, the atlas in MNI152NLin2009cAsym" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("group_by", ["family", "site", "age"])
+def test_splits_can_be_by_family_site_or_a_phenotype(toy, rng, group_by):
+    tree = toy.settings(toy.write_bids(rng), splits={"val": 0.0, "test": 0.5, "seed": 5, "group_by": group_by})
+    assert toy.prepare(tree) == 0
+    table = recordings(tree["out"])
+    table["age"] = table["subject"]
+    assert table.groupby(group_by)["split"].nunique().eq(1).all()
+
+
+def test_unknown_group_is_named_beside_the_known(toy, rng, capsys):
+    tree = toy.settings(toy.write_table(rng))
+    assert toy.prepare(tree, "splits.group_by=clinic") == 1
+    assert "phenotype column (age, sex(1=M,2=F)), found 'clinic'" in capsys.readouterr().err
 
 
 def test_empty_split_is_an_error_with_counts(toy, rng, capsys):

@@ -26,6 +26,8 @@ RECORDING_COLUMNS = {
     "num_missing_parcels": "int64",
     "space": "string",
     "source": "string",
+    "source_sha256": "string",
+    "confounds_sha256": "string",
     "series_sha256": "string",
     "sha256": "string",
     "status": "string",

@@ -1,0 +1,244 @@
+"""Scans to parcels: the same numbers whatever the form of the file; refusals that say why."""
+
+import gzip
+
+import nibabel
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainlm.errors import DataError
+from data_prep.atlas_image import load_atlas
+from data_prep.parcellate import parcellate
+from data_prep.settings import AtlasSettings, CheckSettings
+
+LABELS = (3, 7, 130, 300, 1000, 1001)
+LAS = np.array([[-14.0, 0, 0, 77], [0, 14.0, 0, -105], [0, 0, 14.0, -63], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture
+def atlas(toy):
+    return load_atlas(AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy"))
+
+
+@pytest.fixture
+def series(toy, rng):
+    return toy.write_series(rng, 20)
+
+
+def run(path, atlas, space="MNI152NLin6Asym", tr_s=None, **checks):
+    return parcellate(path, atlas, space=space, tr_s=tr_s, tr_from="the test", checks=CheckSettings(**checks))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
+def test_labels_with_gaps_and_above_255_keep_their_order_whatever_their_type(toy, dtype):
+    image = toy.write_atlas("typed.nii.gz", dtype=dtype)
+    atlas = load_atlas(AtlasSettings(image=str(image), name="typed"))
+    assert atlas.atlas.labels.tolist() == list(LABELS)
+    assert atlas.atlas.parcel_names[2] == "typed_130"
+    reference = load_atlas(AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy"))
+    assert atlas.atlas.sha256 == reference.atlas.sha256
+
+
+def test_coordinates_are_centres_of_mass_in_mm(toy, atlas):
+    where = np.argwhere(toy.labels == 130).mean(axis=0)
+    np.testing.assert_allclose(atlas.atlas.coords_mm[2], LAS[:3, :3] @ where + LAS[:3, 3], rtol=1e-6)
+
+
+def test_table_gives_names_by_label_and_coordinates(toy):
+    rows = "\n".join(f"{label}\tp{label}\t{i}\t0\t1" for i, label in enumerate(LABELS))
+    (toy.folder / "xyz.tsv").write_text(f"index\tname\tx_mm\ty_mm\tz_mm\n999\textra\t0\t0\t0\n{rows}\n")
+    atlas = load_atlas(
+        AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy", labels=str(toy.folder / "xyz.tsv"))
+    )
+    assert atlas.atlas.parcel_names == tuple(f"p{label}" for label in LABELS)
+    assert atlas.atlas.coords_mm[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
+    assert "999" in atlas.warnings[0]
+
+
+def test_table_without_a_label_of_the_image_is_refused(toy):
+    (toy.folder / "few.tsv").write_text("index\tname\n3\ta\n7\tb\n")
+    with pytest.raises(DataError, match="no row for 4 labels"):
+        load_atlas(AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="t", labels=str(toy.folder / "few.tsv")))
+
+
+def test_probability_map_is_no_atlas(toy):
+    image = toy.write_atlas("fractions.nii.gz", labels=toy.labels / 7.0)
+    with pytest.raises(DataError, match="whole numbers"):
+        load_atlas(AtlasSettings(image=str(image), name="t"))
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+@pytest.mark.parametrize("big_endian", [False, True])
+def test_painted_series_come_back(toy, atlas, series, name, big_endian):
+    path = toy.write_image(toy.folder / name, toy.paint(series), big_endian=big_endian)
+    found = run(path, atlas)
+    np.testing.assert_allclose(found.bold, series, rtol=1e-6)
+    np.testing.assert_array_equal(found.coverage, np.ones(6))
+    assert found.tr_s == 2.0
+
+
+def test_int16_with_slope_and_intercept_gives_scaled_values(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), dtype=np.int16, slope=(0.5, 10.0))
+    stored = nibabel.load(path)
+    assert stored.dataobj.slope == 0.5
+    found = run(path, atlas)
+    np.testing.assert_allclose(found.bold, series, rtol=0, atol=0.2501)
+    np.testing.assert_array_equal(found.bold[:, 0], np.asarray(stored.dataobj)[4, 2, 5])
+    np.testing.assert_array_equal(found.coverage, np.ones(6))
+
+
+@pytest.mark.parametrize("flips", [(0,), (1,), (2,), (0, 1, 2)])
+def test_orientation_of_storage_does_not_matter(toy, atlas, series, rng, flips):
+    volume = toy.paint(series) + rng.normal(size=(*toy.labels.shape, 1))
+    straight = run(toy.write_image(toy.folder / "a.nii.gz", volume), atlas)
+    affine = LAS.copy()
+    for axis in flips:
+        affine[:3, 3] += affine[:3, axis] * (volume.shape[axis] - 1)
+        affine[:3, axis] *= -1
+    flipped = run(toy.write_image(toy.folder / "b.nii.gz", np.flip(volume, flips), affine=affine), atlas)
+    np.testing.assert_allclose(flipped.bold, straight.bold, rtol=1e-6)
+    np.testing.assert_array_equal(flipped.coverage, straight.coverage)
+
+
+def test_swapped_axes_do_not_matter(toy, atlas, series):
+    affine = LAS[:, [1, 0, 2, 3]]
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series).transpose(1, 0, 2, 3), affine=affine)
+    np.testing.assert_allclose(run(path, atlas).bold, series, rtol=1e-6)
+
+
+def test_finer_grid_gives_the_same_series(toy, atlas, series):
+    fine = np.repeat(np.repeat(np.repeat(toy.paint(series), 2, 0), 2, 1), 2, 2)
+    affine = LAS.copy()
+    affine[:3, :3] /= 2
+    affine[:3, 3] -= affine[:3, :3].sum(axis=1) / 2  # the corner of the first voxel stays
+    found = run(toy.write_image(toy.folder / "a.nii.gz", fine, affine=affine), atlas)
+    np.testing.assert_allclose(found.bold, series, rtol=1e-6)
+    np.testing.assert_array_equal(found.coverage, np.ones(6))
+
+
+def test_parcels_outside_the_field_of_view_are_missing_not_zero(toy, atlas, series):
+    volume = toy.paint(series)[:, :12]  # the last parcel lies in the cut rows
+    found = run(toy.write_image(toy.folder / "a.nii.gz", volume), atlas)
+    np.testing.assert_array_equal(found.coverage, [1, 1, 1, 1, 1, 0])
+    assert np.isnan(found.bold[:, 5]).all()
+    half = run(toy.write_image(toy.folder / "b.nii.gz", toy.paint(series)[:, :13]), atlas)
+    np.testing.assert_allclose(half.coverage[5], 0.5)
+    np.testing.assert_allclose(half.bold[:, 5], series[:, 5], rtol=1e-6)
+
+
+def test_voxels_without_signal_lower_the_coverage(toy, atlas, series):
+    volume = toy.paint(series)
+    volume[3:6][toy.labels[3:6] == 7] = 0
+    volume[toy.labels == 300] = np.nan
+    volume[4, 2, 5, 7] = np.nan  # one voxel, one volume: a step in the mean of the first parcel
+    found = run(toy.write_image(toy.folder / "a.nii.gz", volume), atlas)
+    np.testing.assert_allclose(found.coverage, [0, 0.5, 1, 0, 1, 1])
+    assert np.isnan(found.bold[:, [0, 3]]).all()
+
+
+def cut(path, num_bytes):
+    path.write_bytes(path.read_bytes()[:-num_bytes])
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.nii", "a.nii.gz"])
+def test_cut_file_is_refused_with_the_volume(toy, atlas, series, rng, name):
+    path = toy.write_image(toy.folder / name, toy.paint(series) + rng.normal(size=(12, 14, 12, 20)))
+    with pytest.raises(DataError, match=r"cut off.* in volume \d+ of 20"):
+        run(cut(path, 30000), atlas)
+
+
+def test_damaged_compression_is_refused(toy, atlas, series, rng):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series) + rng.normal(size=(12, 14, 12, 20)))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(DataError, match="damaged or cut off"):
+        run(path, atlas)
+
+
+def test_other_files_are_refused_as_what_they_are(toy, atlas, series):
+    text = toy.folder / "text.nii"
+    text.write_text("hello")
+    with pytest.raises(DataError, match="NIfTI"):
+        run(text, atlas)
+    with gzip.open(toy.folder / "zeros.nii.gz", "wb") as file:
+        file.write(b"\0" * 1000)
+    with pytest.raises(DataError, match="NIfTI"):
+        run(toy.folder / "zeros.nii.gz", atlas)
+    with pytest.raises(DataError, match="4-D"):
+        run(toy.write_image(toy.folder / "still.nii.gz", toy.paint(series)[..., 0]), atlas)
+
+
+def test_no_repetition_time_is_refused_and_a_given_one_is_used(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), tr_s=0.0)
+    with pytest.raises(DataError, match="no repetition time"):
+        run(path, atlas)
+    assert run(path, atlas, tr_s=1.5).tr_s == 1.5
+
+
+def test_two_repetition_times_are_refused(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), tr_s=2.0)
+    with pytest.raises(DataError, match=r"1.5 s by the test, 2 s in the image's header"):
+        run(path, atlas, tr_s=1.5)
+
+
+def test_milliseconds_in_a_header_of_seconds_are_refused(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), tr_s=2000.0)
+    with pytest.raises(DataError, match="milliseconds"):
+        run(path, atlas)
+
+
+def test_scanner_coordinates_without_a_claimed_space_are_native(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), code=1)
+    with pytest.raises(DataError, match="native space"):
+        run(path, atlas, space="")
+    run(path, atlas, space="MNI152NLin6Asym")
+
+
+def test_space_of_another_kind_is_refused(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series))
+    with pytest.raises(DataError, match="space-T1w"):
+        run(path, atlas, space="T1w")
+
+
+def test_image_without_any_affine_is_refused(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), code=0)
+    with pytest.raises(DataError, match="no affine"):
+        run(path, atlas)
+
+
+def test_brain_far_from_the_atlas_is_refused_whatever_the_header_claims(toy, atlas, series):
+    affine = LAS.copy()
+    affine[:3, 3] += 100
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series), affine=affine)
+    with pytest.raises(DataError, match="of the bright voxels lie outside the template's brain"):
+        run(path, atlas)
+
+
+def test_slab_with_few_parcels_is_refused(toy, atlas, series):
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series)[:, :6])
+    with pytest.raises(DataError, match="2 of 6 parcels have signal"):
+        run(path, atlas)
+
+
+def test_real_image_equals_the_oracle_with_parcel_405_missing(shared_data):
+    folder = shared_data / "semireal_painted_mni4mm"
+    image = next(folder.glob("*_bold.nii.gz"))
+    atlas = load_atlas(AtlasSettings(image=str(shared_data / "atlases" / "A424+2mm.nii.gz"), name="A424"))
+    assert atlas.atlas.num_parcels == 424
+    found = run(image, atlas, min_parcel_coverage=0.0)
+    oracle = np.load(folder / "oracle_A424_mean_T220x424_float64.npy")
+    missing = np.isnan(oracle).all(axis=0)
+    missing[382] = True  # its only voxel at 4 mm is 0 throughout
+    np.testing.assert_array_equal(found.coverage == 0, missing)
+    np.testing.assert_allclose(found.bold[:, ~missing], oracle[:, ~missing], rtol=1e-5)
+    assert found.tr_s == 2.0
+
+
+def test_real_atlas_coordinates_lie_near_its_published_table(shared_data):
+    atlas = load_atlas(AtlasSettings(image=str(shared_data / "atlases" / "A424+2mm.nii.gz"), name="A424")).atlas
+    table = pd.read_csv(shared_data / "atlases" / "A424_Coordinates.txt", sep=r"\s+", header=None).to_numpy()
+    distance = np.linalg.norm(atlas.coords_mm - table[:, 1:], axis=1)
+    assert np.median(distance) < 5
