@@ -100,6 +100,9 @@ def load_checkpoint(folder: str) -> BrainLM:
             f"{folder}/{CONFIG}: expected model_type {MODEL_TYPE!r} of format {FORMAT_VERSION}, "
             f"found {tree.get('model_type')!r} of format {tree.get('format_version')!r}"
         )
+    absent = [key for key in ("model", "weights_sha256") if key not in tree]
+    if absent:
+        raise CheckpointError(f"{folder}/{CONFIG} lacks {', '.join(absent)}")
     try:
         config = build(ModelConfig, tree["model"], f"{folder}/{CONFIG}")
     except ConfigError as error:
@@ -116,7 +119,10 @@ def load_checkpoint(folder: str) -> BrainLM:
     except SafetensorError as error:
         raise CheckpointError(f"{folder}/{WEIGHTS} cannot be read: {error}") from error
     model = BrainLM(config, contract)
-    result = model.load_state_dict(state, strict=False)
+    try:
+        result = model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # shapes
+        raise CheckpointError(f"{folder}/{WEIGHTS} does not fit its {CONFIG} and input contract: {error}") from error
     if result.missing_keys or result.unexpected_keys:
         raise CheckpointError(
             f"{folder}/{WEIGHTS} does not fit its {CONFIG}: missing {result.missing_keys[:5]}, "

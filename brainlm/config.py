@@ -20,6 +20,13 @@ from brainlm.errors import ConfigError
 SettingsT = TypeVar("SettingsT")
 
 
+FLOAT_1_2 = (
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
+    list("-+0123456789"),
+)
+
+
 class Section:
     """Base of every settings dataclass: no conversion between types, no unknown keys."""
 
@@ -37,7 +44,12 @@ def parse_yaml(text: str, where: str) -> Any:
     import yaml
 
     class Loader(yaml.SafeLoader):
-        """Safe loader with YAML 1.2 floats and no duplicate keys."""
+        """Safe loader with YAML 1.2 floats, dates left as text, and no duplicate keys."""
+
+        yaml_implicit_resolvers: ClassVar[Any] = {
+            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+            for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        }
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -46,9 +58,7 @@ def parse_yaml(text: str, where: str) -> Any:
                     raise ConfigError(f"{where}: the key {key!r} is given twice (line {node.start_mark.line + 1})")
             return super().construct_mapping(node, deep)
 
-    Loader.add_implicit_resolver(
-        "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-    )
+    Loader.add_implicit_resolver(*FLOAT_1_2)
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:
@@ -146,7 +156,11 @@ def to_yaml(config: Any) -> str:
     """Return a settings dataclass as YAML text, in the order of its fields."""
     import yaml
 
-    return yaml.safe_dump(to_tree(config), sort_keys=False, width=120)
+    class Dumper(yaml.SafeDumper):
+        """Safe dumper that quotes text which `parse_yaml` would read as a number."""
+
+    Dumper.add_implicit_resolver(*FLOAT_1_2)
+    return yaml.dump(to_tree(config), Dumper=Dumper, sort_keys=False, width=120)
 
 
 def config_hash(tree: Any) -> str:

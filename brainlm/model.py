@@ -228,6 +228,8 @@ class BrainLM(nn.Module):
             valid = torch.cat([valid.new_ones(len(valid), 1), valid], dim=1)
         dtype = self.patch_embed.weight.dtype
         patches_BVp = gather_tokens(self.patchify(windows_BPW), ids_keep).to(dtype)
+        if valid is not None:  # padding rows point at hidden tokens, whose values may be anything, NaN included
+            patches_BVp = patches_BVp.masked_fill(~valid[:, 1:, None], 0.0)
         position_LD = self.position(self.space_features, self.time_features)
         x_BVD = self.patch_embed(patches_BVp) + position_LD[ids_keep]
         cls_B1D = self.cls_token.to(dtype).expand(len(x_BVD), 1, -1)
@@ -286,9 +288,10 @@ class BrainLM(nn.Module):
         prediction = self.decode(encoded, ids_decoded, present_BL)
         target = gather_tokens(self.patchify(windows_BPW), ids_decoded).float()
         scored_BQ = scored_BL.gather(1, ids_decoded)
-        error = (prediction - target).square().sum(dim=2) * scored_BQ
-        target_sum = (target.square().sum(dim=2) * scored_BQ).sum()
-        return Loss(error.sum(), target_sum, scored_BQ.sum() * self.config.patch_len)
+        unscored_BQ1 = ~scored_BQ[:, :, None]  # filled, not multiplied by 0: values of missing parcels may be NaN
+        error = (prediction - target).masked_fill(unscored_BQ1, 0.0).square().sum()
+        target_sum = target.masked_fill(unscored_BQ1, 0.0).square().sum()
+        return Loss(error, target_sum, scored_BQ.sum() * self.config.patch_len)
 
     # ------------------------------------------------------------------ reading a trained model
 

@@ -52,7 +52,7 @@ def flops_per_window(config: ModelConfig, num_parcels: int, mask_ratio: float, n
         attention = 2 * 2 * queries * keys * width
         return projections + attention + 2 * 2 * queries * width * mlp_width
 
-    encoder = 2 * visible * config.patch_len * config.width
+    encoder = 2 * (visible - 1) * config.patch_len * config.width  # CLS is no patch
     encoder += config.depth * block(visible, visible, config.width, config.mlp_width)
     width = config.decoder_width
     decoder = 2 * visible * config.width * width + 2 * decoded * width * config.patch_len

@@ -8,7 +8,7 @@
     shards/train-00000.index.json   where each array begins, and what is needed to read it
 
 Anyone can stream the tars. Our reader maps a shard and reads one contiguous slice of rows per window. float16 arrays
-hold the series divided by one number per recording, so that rounding is at most 2**-11 of each value (2**-25 of
+hold the series divided by one number per recording, so that rounding is at most 2**-11 of each value (2**-35 of
 the largest value near zero).
 """
 

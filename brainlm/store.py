@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ class Store:
     def __init__(self, url: str | Path) -> None:
         from fsspec.core import url_to_fs
 
-        self.url = str(url).rstrip("/") or "/"
+        self.url = str(url) if str(url).endswith("://") else str(url).rstrip("/") or "/"
         try:
-            self.fs, self.root = url_to_fs(self.url)
+            # Without fsspec's listings cache: it would hide what other processes write while this one is running.
+            self.fs, self.root = url_to_fs(self.url, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise StoreError(f"cannot open storage {self.url!r}: {error}") from error
         protocols = (self.fs.protocol,) if isinstance(self.fs.protocol, str) else tuple(self.fs.protocol)
@@ -68,11 +70,7 @@ class Store:
     def names(self, folder: str = "") -> list[str]:
         """Return the sorted base names of the files and folders directly in `folder` ([] if there is none)."""
         try:
-            found = (
-                self.fs.ls(self.path(folder), detail=False, refresh=True)
-                if not self.is_local
-                else self.fs.ls(self.path(folder), detail=False)
-            )
+            found = self.fs.ls(self.path(folder), detail=False)
         except FileNotFoundError:
             return []
         except (NotADirectoryError, OSError) as error:
@@ -167,11 +165,15 @@ def sha256_of_file(path: str | Path) -> str:
 
 def _bound_cache(folder: Path, keep: Path) -> None:
     limit = int(float(os.environ.get("BRAINLM_CACHE_GB", DEFAULT_CACHE_BYTES / 1024**3)) * 1024**3)
-    files = sorted((p for p in folder.iterdir() if p.suffix != ".tmp"), key=lambda p: p.stat().st_mtime)
-    total = sum(p.stat().st_size for p in files)
-    for path in files:
+    found: list[tuple[float, int, Path]] = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another process bounds the same cache
+            if path.suffix != ".tmp":
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
         if total <= limit:
             return
         if path != keep:  # a file that is mapped elsewhere stays readable there until it is closed
-            total -= path.stat().st_size
+            total -= size
             path.unlink(missing_ok=True)

@@ -83,7 +83,10 @@ def run(settings: PipelineSettings) -> int:
         logger.info("== %s", title)
         stage_started = time.perf_counter()
         before = Path(stage.done).stat().st_mtime_ns if Path(stage.done).is_file() else None
-        status = subprocess.run(shlex.split(stage.command), env=environment(), check=False).returncode
+        try:
+            status = subprocess.run(shlex.split(stage.command), env=environment(), check=False).returncode
+        except OSError as error:
+            raise ConfigError(f"stage {stage.name}: cannot run {stage.command!r}: {error}") from error
         elapsed_s = time.perf_counter() - stage_started
         if not Path(stage.done).is_file():
             logger.error(

@@ -23,7 +23,7 @@ from brainlm.errors import DataError, StoreError
 from brainlm.store import Store, sha256_of_file
 from data_prep.atlas_image import AtlasImage
 from data_prep.clean import clean, mean_fd_mm, read_confounds, select_confounds
-from data_prep.parcellate import parcellate
+from data_prep.parcellate import LONGEST_TR_S, parcellate
 from data_prep.quality import dvars_z, lag1_autocorrelation
 from data_prep.read_series import missing_columns, read_series
 from data_prep.resample import is_same_tr, resample
@@ -99,6 +99,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[NDArray[np.float32], N
         raise _Refused("source", entry.refusal)
     with _stage("read"):
         bold, coverage, tr_s = _read(recipe, entry)
+        _check_tr(tr_s, entry)
     missing = (coverage <= 0) | missing_columns(bold)
     _check_missing(missing, recipe.checks)
     as_read = series_sha256(np.where(missing, np.float32(np.nan), bold))
@@ -167,10 +168,18 @@ def _read(recipe: Recipe, entry: SourceEntry) -> tuple[NDArray[np.float32], NDAr
     bold = read_series(entry.file, atlas.num_parcels, recipe.orientation)
     if entry.tr_s is None:
         raise DataError("no repetition time: set source.columns.tr_s or source.tr_s")
-    if not entry.tr_s > 0:
-        raise DataError(f"the repetition time must be above 0 s, found {entry.tr_s}")
     coverage = np.where(missing_columns(bold), np.float32(0.0), np.float32(1.0))
     return bold, coverage, entry.tr_s
+
+
+def _check_tr(tr_s: float, entry: SourceEntry) -> None:
+    """Refuse what cannot be seconds between volumes, wherever it was read; seconds and milliseconds are mixed up."""
+    origin = entry.tr_from if entry.tr_s is not None else "the image's header"
+    if not 0 < tr_s <= LONGEST_TR_S:
+        hint = "; are these milliseconds?" if tr_s > LONGEST_TR_S else ""
+        raise DataError(
+            f"the repetition time must be above 0 s and at most {LONGEST_TR_S:g} s, found {tr_s:g} s by {origin}{hint}"
+        )
 
 
 class _stage:

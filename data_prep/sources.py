@@ -117,11 +117,11 @@ def text(value: Any) -> str:
 
 
 def number(value: Any, what: str) -> float | None:
-    if value is None or pd.isna(value):
+    if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     try:
         return float(value)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:  # a sidecar can hold a list
         raise DataError(f"{what}: expected a number, found {value!r}") from error
 
 

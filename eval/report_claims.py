@@ -222,9 +222,9 @@ def _networks_claim(results: Results, model: str) -> Claim | None:
     here = results.find("networks", "accuracy", level=level, folds=hardest)
     mine = [s for s in here if s.model == model]
     ours = next((s for s in mine if s.condition.get("part") == "encoder"), mine[0] if mine else None)
-    best = strongest(s for s in here if s.model_kind in ("baseline", "control", "untrained"))
     if ours is None:
         return None
+    best = strongest(_comparable(here, ours))
     part = f" ({ours.condition['part']})" if "part" in ours.condition else ""
     parts = [
         f"Attention of {results.labels[model]}{part} names the network of a parcel with accuracy {number(ours)}, "
@@ -250,7 +250,34 @@ def _networks_claim(results: Results, model: str) -> Claim | None:
                     f"and attention {number(attention)}"
                 )
         details.append(text + ".")
+    details += [_other_part(results, here, other) for other in mine if other is not ours]
     return Claim(topic="Functional networks", verdict=verdict, text=" ".join(parts), details=tuple(details))
+
+
+def _comparable(here: list[Score], ours: Score) -> list[Score]:
+    """Pick features and controls to hold a score against: encoder attention against encoder attention, not decoder."""
+    part = ours.condition.get("part")
+    return [
+        s
+        for s in here
+        if s.model_kind in ("baseline", "control", "untrained") and s.condition.get("part", part) == part
+    ]
+
+
+def _other_part(results: Results, here: list[Score], other: Score) -> str:
+    """Say what attention of the other part reaches beside its own controls."""
+    same = [s for s in _comparable(here, other) if "part" in s.condition]
+    beside = "; ".join(f"{results.labels[s.model]} {number(s)}" for s in same)
+    text = f"{str(other.condition.get('part', 'other')).capitalize()} attention: {number(other)}"
+    if beside:
+        text += f" (controls: {beside})"
+    permuted = [s for s in same if "permuted" in s.model and s.value >= other.value - 0.05]
+    if permuted:
+        text += (
+            ". It finds the networks on series permuted across parcels too, so it shows what the weights know about "
+            "the parcels of this atlas, not what is in a recording"
+        )
+    return text + "."
 
 
 def lead(results: Results) -> str:

@@ -1,0 +1,132 @@
+"""The parts of training that need no process of their own."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from brainlm.dataset import open_dataset
+from brainlm.errors import ConfigError
+from brainlm.testing import small_model
+from brainlm.world import World
+from train.engine import deepspeed_dict
+from train.held_out import HeldOut
+from train.param_groups import param_groups
+from train.schedule import learning_rate_at
+from train.settings import (
+    DataSettings,
+    ModelChoice,
+    OptimizerSettings,
+    PretrainSettings,
+    RunSettings,
+    ValidationSettings,
+    check_settings,
+)
+
+
+def settings(**data: int) -> PretrainSettings:
+    return PretrainSettings(run=RunSettings(out="unused"), data=DataSettings(dataset="unused", **data))
+
+
+def test_the_learning_rate_warms_up_and_ends_at_its_floor() -> None:
+    optimizer = OptimizerSettings(lr=1.0, warmup_steps=10, final_lr_ratio=0.1)
+    rates = [learning_rate_at(step, 100, optimizer) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == rates[10] == 1.0
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert learning_rate_at(100, 100, optimizer) == pytest.approx(0.1)
+
+
+def test_only_matrices_of_linear_layers_decay(dataset_url: str) -> None:
+    model = small_model(open_dataset(dataset_url).contract, seed=0)
+    decayed, spared = (group["params"] for group in param_groups(model, 0.05))
+    assert len(decayed) + len(spared) == len(list(model.parameters()))
+    assert all(p.ndim == 2 for p in decayed)
+    assert any(p is model.cls_token for p in spared)
+    assert any(p is model.patch_embed.weight for p in decayed)
+    assert all(p is not model.position.parcel.weight for p in decayed)  # type: ignore[union-attr]
+
+
+def test_the_deepspeed_dictionary_follows_from_the_settings() -> None:
+    generated = deepspeed_dict(settings(batch_size=16, micro_batch_size=2), world_size=4)
+    assert generated["train_batch_size"] == 16
+    assert generated["train_micro_batch_size_per_gpu"] == 2
+    assert generated["gradient_accumulation_steps"] == 2
+    assert generated["bf16"] == {"enabled": True}
+    assert generated["zero_optimization"]["stage"] == 1
+
+
+def test_a_preset_keeps_its_sizes_where_none_are_given() -> None:
+    chosen = ModelChoice(preset="13m", depth=2).resolved
+    assert (chosen.depth, chosen.width, chosen.decoder) == (2, 512, "full")
+
+
+@pytest.mark.parametrize("world_size", [3, 5])
+def test_ranks_that_do_not_divide_the_batch_are_refused(world_size: int) -> None:
+    with pytest.raises(ConfigError, match="must be a multiple"):
+        check_settings(settings(batch_size=64), world_size)
+
+
+def test_a_url_as_output_folder_is_refused_until_it_works() -> None:
+    with pytest.raises(ConfigError, match="local disk only"):
+        RunSettings(out="s3://bucket/run")
+
+
+class OneRank:
+    """What validation needs of an engine, in one process."""
+
+    world = World(rank=0, local_rank=0, size=1)
+    device = torch.device("cpu")
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+
+    def sum_over_ranks(self, values: list[float]) -> list[float]:
+        return values
+
+
+def test_validation_scores_the_recording_mean_as_zero_and_truth_as_one(
+    dataset_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = open_dataset(dataset_url)
+    model = small_model(dataset.contract, seed=0)
+    contract = model.contract
+    held_out = HeldOut(dataset.split("val"), contract, ValidationSettings(mask_ratio=0.5))
+    engine = OneRank(model)
+
+    def constant(windows: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        guess = torch.from_numpy(-contract.median / contract.iqr)[None, :, None].expand_as(windows)
+        return torch.where(model.unpatchify(hidden(mask)), guess, torch.nan)
+
+    def truth(windows: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+        return torch.where(model.unpatchify(hidden(mask)), windows, torch.nan)
+
+    def hidden(mask: torch.Tensor) -> torch.Tensor:
+        return mask[:, :, None].expand(-1, -1, contract.patch_len)
+
+    monkeypatch.setattr(model, "reconstruct", constant)
+    assert held_out.score(engine)["val_r2"] == pytest.approx(0.0, abs=1e-6)  # type: ignore[arg-type]
+    monkeypatch.setattr(model, "reconstruct", truth)
+    assert held_out.score(engine) == {"val_loss": 0.0, "val_r2": 1.0}  # type: ignore[arg-type]
+
+
+def test_validation_agrees_with_a_direct_computation(dataset_url: str) -> None:
+    dataset = open_dataset(dataset_url)
+    model = small_model(dataset.contract, seed=1).eval()
+    contract, reader = model.contract, dataset.split("val")
+    held_out = HeldOut(reader, contract, ValidationSettings(mask_ratio=0.5))
+    sse = sst = 0.0
+    for number, (window, mask, present, _) in enumerate(held_out.windows):
+        predicted = model.reconstruct(window[None], mask[None], present[None])[0].numpy().T
+        series = reader.recording(number)  # one window a recording here
+        start = next(s for s in range(len(series)) if np.allclose(
+            (series[s] - contract.median) / contract.iqr, window[:, 0].numpy(), atol=1e-5))  # fmt: skip
+        scored = np.isfinite(predicted)
+        values = series[start : start + contract.window_len]
+        error = predicted * contract.iqr + contract.median - values
+        sse += float((error / series.std(axis=0))[scored].astype(float).__pow__(2).sum())
+        sst += float((values / series.std(axis=0))[scored].astype(float).__pow__(2).sum())
+    assert held_out.score(OneRank(model))["val_r2"] == pytest.approx(1 - sse / sst, rel=1e-4)  # type: ignore[arg-type]
