@@ -19,7 +19,6 @@ from brainlm.errors import ConfigError
 
 SettingsT = TypeVar("SettingsT")
 
-
 FLOAT_1_2 = (
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
@@ -46,7 +45,7 @@ def parse_yaml(text: str, where: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Safe loader with YAML 1.2 floats, dates left as text, and no duplicate keys."""
 
-        yaml_implicit_resolvers: ClassVar[Any] = {
+        yaml_implicit_resolvers = {  # noqa: RUF012
             first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }

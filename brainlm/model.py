@@ -289,9 +289,9 @@ class BrainLM(nn.Module):
         target = gather_tokens(self.patchify(windows_BPW), ids_decoded).float()
         scored_BQ = scored_BL.gather(1, ids_decoded)
         unscored_BQ1 = ~scored_BQ[:, :, None]  # filled, not multiplied by 0: values of missing parcels may be NaN
-        error = (prediction - target).masked_fill(unscored_BQ1, 0.0).square().sum()
-        target_sum = target.masked_fill(unscored_BQ1, 0.0).square().sum()
-        return Loss(error, target_sum, scored_BQ.sum() * self.config.patch_len)
+        error = (prediction - target).masked_fill(unscored_BQ1, 0.0).square().sum(dim=2)
+        target_sum = target.masked_fill(unscored_BQ1, 0.0).square().sum(dim=2).sum()
+        return Loss(error.sum(), target_sum, scored_BQ.sum() * self.config.patch_len)
 
     # ------------------------------------------------------------------ reading a trained model
 
