@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from brainlm.errors import DataError
 
+COORD_DECIMALS = 3  # micrometres
 MAX_LISTED = 5  # how many differing parcels an error message spells out
 
 
@@ -31,7 +32,7 @@ class Atlas:
     parcel_names : tuple of str
         Unique name of each parcel.
     coords_mm : ndarray, shape (P, 3), float32
-        Centre of mass of each parcel in the template's millimetres (x right, y anterior, z superior).
+        Centre of mass of each parcel in the template's millimetres (x right, y anterior, z superior); kept to 0.001 mm.
     networks : tuple of str or None
         Functional network of each parcel ("" = none), where the atlas carries them.
     space : str
@@ -48,7 +49,8 @@ class Atlas:
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels, dtype=np.int64)
-        coords_mm = np.asarray(self.coords_mm, dtype=np.float32)
+        # Rounded here as they are in JSON: a model must place its tokens alike before and after it is saved.
+        coords_mm = np.round(np.asarray(self.coords_mm, dtype=np.float64), COORD_DECIMALS).astype(np.float32)
         object.__setattr__(self, "labels", labels)
         object.__setattr__(self, "coords_mm", coords_mm)
         count = len(self.parcel_names)
@@ -109,7 +111,7 @@ class Atlas:
             "space": self.space,
             "labels": self.labels.tolist(),
             "parcel_names": list(self.parcel_names),
-            "coords_mm": [[round(float(v), 3) for v in row] for row in self.coords_mm],
+            "coords_mm": [[round(float(v), COORD_DECIMALS) for v in row] for row in self.coords_mm],
             "networks": None if self.networks is None else list(self.networks),
         }
 

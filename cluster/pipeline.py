@@ -45,6 +45,8 @@ class PipelineSettings(Section):
     out: str
     """Folder where the pipeline remembers what is done."""
     stages: tuple[Stage, ...]
+    look_at: str = ""
+    """What a person opens at the end."""
 
     def __post_init__(self) -> None:
         names = [stage.name for stage in self.stages]
@@ -107,6 +109,8 @@ def run(settings: PipelineSettings) -> int:
         logger.info("== %s: all stages are done, in %.0f s", settings.name, time.perf_counter() - started)
     else:
         logger.info("== %s: all stages were done already; nothing was repeated", settings.name)
+    if settings.look_at:
+        logger.info("== look at %s", settings.look_at)
     return 0
 
 
@@ -128,6 +132,8 @@ def environment() -> dict[str, str]:
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env.get('PATH', '')}"
     env["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), env.get("PYTHONPATH", "")) if p)
     env.setdefault("PYTHONUNBUFFERED", "1")
+    if not Path("/dev/nvidiactl").exists():  # else DeepSpeed says, once per process, that it looked for a GPU
+        env.setdefault("DS_ACCELERATOR", "cpu")
     return env
 
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from brainlm.atlas import Atlas
 from brainlm.errors import DataError
 from data_prep.settings import AtlasSettings
-from data_prep.sources import read_table, text
+from data_prep.sources import number, read_table, text
 
 MAX_GRIDS = 4  # resampled label images kept: one cohort has few grids
 GRID_DECIMALS = 4  # of a voxel: rounding of affines must not move a label, whatever the orientation
@@ -187,7 +187,8 @@ def _read_labels(
             f"{settings.labels} has no column {', '.join(map(repr, absent))} (it has "
             f"{', '.join(map(str, table.columns))}): set atlas.label_column, name_column or network_column"
         )
-    rows = {int(row[settings.label_column]): row for row in table.to_dict("records")}
+    where = f"{settings.labels}: {settings.label_column}"
+    rows = {_label(row[settings.label_column], where): row for row in table.to_dict("records")}
     if len(rows) != len(table):
         raise DataError(f"{settings.labels}: a label stands in several rows of {settings.label_column!r}")
     unnamed = [int(label) for label in labels if int(label) not in rows]
@@ -203,6 +204,15 @@ def _read_labels(
         )
     mine = [rows[int(label)] for label in labels]
     if {"x_mm", "y_mm", "z_mm"} <= set(table.columns):
-        coords_mm = np.asarray([[row[axis] for axis in ("x_mm", "y_mm", "z_mm")] for row in mine], dtype=np.float64)
+        axes = ("x_mm", "y_mm", "z_mm")
+        given = [[number(row[axis], f"{settings.labels}: {axis}") for axis in axes] for row in mine]
+        coords_mm = np.asarray(given, dtype=np.float64)
     networks = [text(row[settings.network_column]) for row in mine] if settings.network_column else None
     return [text(row[settings.name_column]) for row in mine], networks, coords_mm, warnings
+
+
+def _label(value: Any, where: str) -> int:
+    label = number(value, where)
+    if label is None or label % 1 != 0:
+        raise DataError(f"{where}: expected whole numbers, found {value!r}")
+    return int(label)

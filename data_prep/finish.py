@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from brainlm import input_contract
+from brainlm.atlas import Atlas
 from brainlm.dataset import FORMAT_VERSION, MANIFEST, SPLITS
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
@@ -27,7 +28,7 @@ QUALITY_PAGE = "quality.html"
 TRUTH = "truth"
 
 
-def is_finished(out: Store, settings: PrepareSettings, source: Source) -> bool:
+def is_finished(out: Store, settings: PrepareSettings, source: Source, atlas: Atlas) -> bool:
     """Return whether `out` holds this data set already.
 
     Raises
@@ -43,6 +44,11 @@ def is_finished(out: Store, settings: PrepareSettings, source: Source) -> bool:
     if found:
         listed = "\n".join(f"  {line}" for line in found[:MAX_LISTED])
         raise ConfigError(f"{out.url} holds a data set made with other settings:\n{listed}\n{advice}")
+    if out.read_json(input_contract.FILE_NAME)["atlas"] != atlas.to_json():
+        raise ConfigError(
+            f"{out.url} holds a data set made with another atlas: {settings.atlas.image} or its table of labels has "
+            f"changed since. {advice}"
+        )
     if manifest.get("inputs_sha256") != inputs_hash(source.entries, source.subjects):
         raise ConfigError(
             f"{out.url} holds a data set made from other inputs: recordings, their tables or the sizes of files have "

@@ -2,8 +2,8 @@
 
 ::
 
-    <out>/staging/<hash of the settings>/<recording_id>.npz     bold (T, P), coverage (P,)
-                                         <recording_id>.json    its row, written last: a staged recording has both
+    <out>/staging/<hash of settings and atlas>/<recording_id>.npz     bold (T, P), coverage (P,)
+                                               <recording_id>.json    its row, written last: a staged recording has both
 """
 
 from __future__ import annotations

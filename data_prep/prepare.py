@@ -60,12 +60,12 @@ def prepare(settings: PrepareSettings) -> int:
     out = Store(settings.out if "://" in settings.out else os.path.abspath(settings.out))
     check_truth(settings)
     source = find_recordings(settings.source)
-    if is_finished(out, settings, source):
+    atlas = load_atlas(settings.atlas)
+    if is_finished(out, settings, source, atlas.atlas):
         out.remove(STAGING)
         print(f"{settings.out}: this data set is complete already (same settings, same inputs); nothing to do")
         return 0
-    atlas = load_atlas(settings.atlas)
-    staging = out.sub(f"{STAGING}/{settings.recording_hash()}")
+    staging = out.sub(f"{STAGING}/{settings.recording_hash()}-{atlas.atlas.sha256[:16]}")
     with workers(settings.ray, out) as run:
         rows, refused = prepare_recordings(settings, source, atlas, staging, run)
         write_parquet(out, REJECTED, table_of(refused, REJECTED_COLUMNS))

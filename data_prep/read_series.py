@@ -51,7 +51,10 @@ def read_series(path: str | Path, num_parcels: int, orientation: Orientation) ->
     if orientation == "parcels_by_timepoints":
         series = series.T
     if series.shape[1] != num_parcels:
-        raise DataError(f"{series.shape[1]} columns of {len(series)}, the atlas has {num_parcels} parcels")
+        raise DataError(
+            f"expected {num_parcels} columns, one for each parcel of the atlas; found {series.shape[1]} columns of "
+            f"{len(series)} timepoints"
+        )
     with np.errstate(over="ignore"):
         return np.ascontiguousarray(series, dtype=np.float32)
 

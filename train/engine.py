@@ -6,8 +6,11 @@ with it, resuming is exact (DeepSpeed's own CPU Adam recomputes its bias correct
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import io
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -57,13 +60,19 @@ class Engine:
         except ImportError as error:
             raise ConfigError('DeepSpeed is not installed: pip install "brainlm[train]"') from error
 
+        # Notes of torch to DeepSpeed's authors, repeated by every rank, are nothing a user can act on.
+        warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         if on_gpu:
             torch.cuda.set_device(world.local_rank)
         timeout = datetime.timedelta(seconds=settings.engine.timeout_s)
-        deepspeed.init_distributed(
-            dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
-        )
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank prints which operator it built
+            deepspeed.init_distributed(
+                dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
+            )
         self.world = world
+        # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
+        self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
+        self._norm = float("nan")
         self.config = deepspeed_dict(settings, world.size)
         optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
@@ -92,6 +101,9 @@ class Engine:
 
     def micro_step(self) -> None:
         """End a micro-batch. After the last one of a step: clip, update, clear gradients."""
+        if self._own_norm and self._engine.is_gradient_accumulation_boundary():
+            grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._norm = float(torch.nn.utils.get_total_norm(grads))  # already averaged over ranks
         self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
@@ -100,6 +112,8 @@ class Engine:
 
     def gradient_norm(self) -> float:
         """Return the norm of the last update's gradient before clipping."""
+        if self._own_norm:
+            return self._norm
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 
@@ -118,9 +132,15 @@ class Engine:
         """Gather float32 weights (the optimizer's own, not the rounded ones). All ranks take part."""
         from deepspeed.utils import safe_get_full_fp32_param
 
+        unsharded = {}
+        if self.config["bf16"]["enabled"] and self.config["zero_optimization"]["stage"] == 0:
+            # There the call below knows of no float32 weights, and the model's own are rounded.
+            optimizer = self._engine.optimizer
+            for rounded, exact in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+                unsharded |= {id(parameter): full for parameter, full in zip(rounded, exact, strict=True)}
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)
+            full = unsharded[id(parameter)] if unsharded else safe_get_full_fp32_param(parameter)
             weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return weights
 

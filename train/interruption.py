@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import logging
 import signal
+import time
 from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+SAME_REQUEST_S = 2.0  # a second SIGINT sooner than this is the first one, heard twice
+
 
 class Interruption:
-    """Remembers that a signal came. A second one ends the process at once."""
+    """Remembers that a signal came. A second SIGINT (Ctrl-C again) ends the process at once.
+
+    A second SIGTERM does not: the DeepSpeed launcher answers a signal that the whole process group has received by
+    sending SIGTERM to every rank once more, which must not end the snapshot that the first one asked for. Who cannot
+    wait has SIGKILL.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._first_sigint_s: float | None = None
 
     def install(self) -> Interruption:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -21,7 +30,11 @@ class Interruption:
         return self
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
-            raise SystemExit(128 + number)
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._first_sigint_s is not None and now - self._first_sigint_s > SAME_REQUEST_S:
+                raise SystemExit(128 + number)
+            self._first_sigint_s = now if self._first_sigint_s is None else self._first_sigint_s
+        if not self.requested:
+            logger.warning("%s: saving a snapshot after this step, then leaving", signal.Signals(number).name)
         self.requested = True
-        logger.warning("%s: saving a snapshot after this step, then leaving", signal.Signals(number).name)

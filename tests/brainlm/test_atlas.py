@@ -35,6 +35,13 @@ def test_atlas_survives_json(atlas: Atlas) -> None:
     assert (again.labels.dtype, again.coords_mm.dtype) == (np.int64, np.float32)
 
 
+def test_coordinates_survive_json_to_the_bit() -> None:
+    coords_mm = np.random.default_rng(0).uniform(-120, 120, (40, 3)).astype(np.float32)
+    atlas = replace(synthetic_atlas(40), coords_mm=coords_mm)
+    np.testing.assert_array_equal(Atlas.from_json(json.loads(json.dumps(atlas.to_json()))).coords_mm, atlas.coords_mm)
+    np.testing.assert_allclose(atlas.coords_mm, coords_mm, atol=6e-4)
+
+
 def test_atlas_without_networks_survives_json(atlas: Atlas) -> None:
     assert Atlas.from_json(replace(atlas, networks=None).to_json()).networks is None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,8 @@ import pytest
 
 from brainlm.config import Section, config_hash, load_config, parse_entry_args, parse_yaml, to_tree, to_yaml
 from brainlm.errors import ConfigError
+
+Write = Callable[[str], Path]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +51,7 @@ def refusal(*overrides: str) -> str:
 
 
 @pytest.fixture
-def write(tmp_path: Path):
+def write(tmp_path: Path) -> Write:
     def to_file(text: str) -> Path:
         path = tmp_path / "settings.yaml"
         path.write_text(text)
@@ -107,14 +110,14 @@ def test_a_date_is_text() -> None:
     assert read("optimizer.schedule.note=2024-05-01").optimizer.schedule.note == "2024-05-01"
 
 
-def test_order_is_defaults_then_file_then_overrides_and_the_last_wins(write) -> None:
+def test_order_is_defaults_then_file_then_overrides_and_the_last_wins(write: Write) -> None:
     path = write("out: file\noptimizer:\n  schedule: {lr: 0.5, steps: 7}\n")
     found = load_config(Settings, path, ["optimizer.schedule.steps=8", "optimizer.schedule.steps=9"])
     schedule = found.optimizer.schedule
     assert (found.out, schedule.lr, schedule.steps, schedule.kind) == ("file", 0.5, 9, "cosine")
 
 
-def test_an_override_reaches_into_a_section_that_the_file_leaves_empty(write) -> None:
+def test_an_override_reaches_into_a_section_that_the_file_leaves_empty(write: Write) -> None:
     path = write("out: file\noptimizer:\n")
     assert load_config(Settings, path, ["optimizer.schedule.steps=9"]).optimizer.schedule.steps == 9
 
@@ -124,7 +127,7 @@ def test_an_override_that_is_no_assignment_is_refused(override: str) -> None:
     assert f"expected section.key=value, found {override!r}" in refusal(override)
 
 
-def test_an_override_below_a_value_is_refused(write) -> None:
+def test_an_override_below_a_value_is_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match="'out' is a value, not a section"):
         load_config(Settings, write("out: file\n"), ["out.deeper=1"])
 
@@ -133,25 +136,25 @@ def test_an_override_below_a_value_is_refused(write) -> None:
     ("text", "line"),
     [("out: a\nout: b\n", 1), ("out: a\noptimizer:\n  schedule: {steps: 1, steps: 1}\n", 3)],
 )
-def test_a_key_given_twice_is_refused_with_file_and_line(write, text: str, line: int) -> None:
+def test_a_key_given_twice_is_refused_with_file_and_line(write: Write, text: str, line: int) -> None:
     path = write(text)
     with pytest.raises(ConfigError, match=f"{path}: the key .* is given twice \\(line {line}\\)"):
         load_config(Settings, path)
 
 
 @pytest.mark.parametrize("text", ["out: [\n", "out: !!python/name:os.system\n"])
-def test_text_that_is_not_plain_yaml_is_refused_with_the_file(write, text: str) -> None:
+def test_text_that_is_not_plain_yaml_is_refused_with_the_file(write: Write, text: str) -> None:
     path = write(text)
     with pytest.raises(ConfigError, match=f"{path} is not valid YAML"):
         load_config(Settings, path)
 
 
-def test_a_file_that_is_no_mapping_is_refused(write) -> None:
+def test_a_file_that_is_no_mapping_is_refused(write: Write) -> None:
     with pytest.raises(ConfigError, match="expected a mapping of sections, found list"):
         load_config(Settings, write("- out\n"))
 
 
-def test_an_empty_file_means_defaults(write) -> None:
+def test_an_empty_file_means_defaults(write: Write) -> None:
     assert load_config(Settings, write(""), ["out=x"]) == Settings(out="x")
 
 
@@ -166,7 +169,7 @@ def test_a_config_error_is_also_a_value_error() -> None:
 
 
 @pytest.mark.parametrize("note", ["1e5", "2024-05-01", "no", "0x1F", "null", "12", "a: b", "# x", "ä\n", ""])
-def test_settings_survive_being_written_and_read(write, note: str) -> None:
+def test_settings_survive_being_written_and_read(write: Write, note: str) -> None:
     settings = Settings(out="x", optimizer=Optimizer(schedule=Schedule(lr=3e-9, betas=(0.5, 1 / 3), note=note)))
     assert load_config(Settings, write(to_yaml(settings))) == settings
     assert parse_yaml(to_yaml(settings), "text") == to_tree(settings)

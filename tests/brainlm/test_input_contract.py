@@ -96,8 +96,8 @@ def changed_atlas(contract: InputContract, kind: str) -> InputContract:
     return InputContract(
         atlas=synthetic_atlas(8, name="larger"),
         covered=np.ones(8, dtype=bool),
-        median=np.zeros(8),
-        iqr=np.ones(8),
+        median=np.zeros(8, dtype=np.float32),
+        iqr=np.ones(8, dtype=np.float32),
         tr_s=2.0,
         window_len=20,
         patch_len=5,

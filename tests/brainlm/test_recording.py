@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -9,8 +11,9 @@ from brainlm.errors import DataError
 from brainlm.recording import Recording
 
 
-def recording(bold: np.ndarray, **changes) -> Recording:
-    return Recording(**({"recording_id": "sub-01_task-rest", "subject": "sub-01", "bold": bold, "tr_s": 2.0} | changes))
+def recording(bold: np.ndarray, **changes: Any) -> Recording:
+    fields: dict[str, Any] = {"recording_id": "sub-01_task-rest", "subject": "sub-01", "bold": bold, "tr_s": 2.0}
+    return Recording(**(fields | changes))
 
 
 def test_everything_is_kept_and_covered_unless_said_otherwise(rng: np.random.Generator) -> None:

@@ -92,7 +92,7 @@ def test_centring_on_nothing_is_refused() -> None:
 
 
 def test_robust_statistics_are_the_ones_computed_by_hand() -> None:
-    # Sorted first column 1 2 3 4 10: quartiles at ranks 1 and 3 -> 2 and 4. Second, one NaN: 0 1 2 3 -> 0.75, 1.5, 2.25.
+    # First column sorted: 1 2 3 4 10, quartiles 2 and 4. Second, without NaN: 0 1 2 3, quartiles 0.75 and 2.25.
     series = np.array([[10, 3], [1, np.nan], [3, 0], [2, 1], [4, 2]], dtype=np.float32)
     median, iqr = robust_statistics(series)
     np.testing.assert_array_equal(median, [3, 1.5])

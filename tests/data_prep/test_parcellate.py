@@ -62,6 +62,15 @@ def test_table_without_a_label_of_the_image_is_refused(toy):
         load_atlas(AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="t", labels=str(toy.folder / "few.tsv")))
 
 
+@pytest.mark.parametrize("value", ["three", "3.5", "n/a", "inf"])
+def test_label_that_is_no_whole_number_is_named(toy, value):
+    names = toy.folder / "atlas.tsv"
+    names.write_text(names.read_text() + f"{value}\tx\tnet\n")
+    settings = AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy", labels=str(names))
+    with pytest.raises(DataError, match=r"atlas\.tsv: index: expected (a|whole) number"):
+        load_atlas(settings)
+
+
 def test_probability_map_is_no_atlas(toy):
     image = toy.write_atlas("fractions.nii.gz", labels=toy.labels / 7.0)
     with pytest.raises(DataError, match="whole numbers"):

@@ -112,7 +112,7 @@ def test_wrong_columns_are_refused_with_the_numbers(toy, rng):
     (path.parent / "ts" / "S_001.npy").unlink()
     tree = toy.settings(path, max_refused_fraction=0.2, splits={"val": 0.0, "test": 0.0})
     assert toy.prepare(tree) == 0
-    assert "5 columns of 60, the atlas has 6 parcels" in rejected(tree["out"]).loc["S_000", "reason"]
+    assert "expected 6 columns, one for each parcel of the atlas; found 5 columns of 60 timepoints" in rejected(tree["out"]).loc["S_000", "reason"]
     assert "no file S_001.npy" in rejected(tree["out"]).loc["S_001", "reason"]
 
 
@@ -332,3 +332,65 @@ def test_truth_of_a_simulated_cohort_is_carried_along(toy, rng):
 def test_config_is_asked_for(capsys):
     assert main([]) == 1
     assert "--config" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", [-2.0, 0.0, 2000.0, np.inf])
+def test_repetition_time_that_cannot_be_seconds_is_refused(toy, rng, value):
+    path = toy.write_table(rng)
+    text = path.read_text()
+    path.write_text(text[: text.rindex("2.0")] + f"{value}\n")
+    tree = toy.settings(path, max_refused_fraction=0.5, splits={"val": 0.0, "test": 0.2, "seed": 11})
+    assert toy.prepare(tree) == 0
+    refused = rejected(toy.folder / "dataset")
+    assert refused.index.tolist() == ["S_005"]
+    assert "above 0 s and at most 30 s" in refused["reason"].iloc[0]
+    assert "by column tr" in refused["reason"].iloc[0]
+
+
+def test_sidecar_in_milliseconds_without_a_time_in_the_header_is_refused(toy, rng):
+    root = toy.write_bids(rng)
+    image = next((root / "sub-03" / "func").glob("*bold.nii.gz"))
+    toy.write_image(image, toy.paint(toy.write_series(rng)), tr_s=0.0)
+    Path(str(image).replace(".nii.gz", ".json")).write_text('{"RepetitionTime": 2000}')
+    assert toy.prepare(toy.settings(root, max_refused_fraction=0.5)) == 0
+    refused = rejected(toy.folder / "dataset")
+    assert refused.index.tolist() == ["sub-03_task-rest"]
+    assert "are these milliseconds?" in refused["reason"].iloc[0]
+
+
+@pytest.mark.parametrize("changed", ["image", "table"])
+def test_finished_data_set_of_a_changed_atlas_is_an_error(toy, rng, capsys, changed):
+    tree = toy.settings(toy.write_bids(rng))
+    assert toy.prepare(tree) == 0
+    if changed == "image":
+        toy.write_atlas(labels=np.where(toy.labels == 3, 4, toy.labels))
+        names = toy.folder / "atlas.tsv"
+        names.write_text(names.read_text() + "4\tparcel4\tnet0\n")
+    else:
+        names = toy.folder / "atlas.tsv"
+        names.write_text(names.read_text().replace("net1", "other"))
+    assert toy.prepare(tree) == 1
+    assert "another atlas" in capsys.readouterr().err
+
+
+def test_series_staged_with_another_atlas_image_are_not_used_again(toy, rng, monkeypatch):
+    tree = toy.settings(toy.write_bids(rng))
+
+    class Killed(BaseException):
+        pass
+
+    def stop(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.write_shards", stop)
+        with pytest.raises(Killed):
+            toy.prepare(tree)
+    swapped = np.where(toy.labels == 3, 1001, np.where(toy.labels == 1001, 3, toy.labels))
+    toy.write_atlas(labels=swapped)
+    assert toy.prepare(tree) == 0
+    found = zarr.open_group(toy.folder / "dataset" / "recordings.zarr", mode="r")["bold"][:]
+    shutil.rmtree(toy.folder / "dataset")
+    assert toy.prepare(tree) == 0
+    again = zarr.open_group(toy.folder / "dataset" / "recordings.zarr", mode="r")["bold"][:]
+    np.testing.assert_array_equal(found, again)

@@ -22,7 +22,7 @@ def test_npy_is_read_along_either_axis(tmp_path, bold):
     np.save(tmp_path / "b.npy", bold.T)
     np.testing.assert_array_equal(read_series(tmp_path / "a.npy", 4, "from_atlas"), bold)
     np.testing.assert_array_equal(read_series(tmp_path / "b.npy", 4, "from_atlas"), bold)
-    with pytest.raises(DataError, match="120 columns of 4, the atlas has 4"):
+    with pytest.raises(DataError, match="expected 4 columns, one for each parcel of the atlas; found 120"):
         read_series(tmp_path / "b.npy", 4, "timepoints_by_parcels")
 
 

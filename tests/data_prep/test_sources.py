@@ -124,3 +124,33 @@ def test_folder_above_derivatives_is_told_where_to_look(toy, rng):
     root.rename(above / "derivatives" / "fmriprep")
     with pytest.raises(DataError, match=r"set source\.path to .*derivatives/fmriprep"):
         find_recordings(bids(above))
+
+
+@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"'])
+def test_sidecar_without_a_number_refuses_its_recording_alone(toy, rng, value):
+    root = toy.write_bids(rng, num_subjects=2)
+    sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
+    sidecar.write_text(f'{{"RepetitionTime": {value}}}')
+    entries = find_recordings(bids(root)).entries
+    assert "RepetitionTime: expected a number, found" in entries[0].refusal
+    assert entries[1].refusal == ""
+
+
+def test_one_person_has_one_name_with_and_without_the_prefix(tmp_path):
+    settings = table(
+        tmp_path,
+        "participant_id\tses\tfile\nsub-0050272\t1\tx.npy\n0050272\t2\ty.npy\n",
+        columns={"session": "ses"},
+    )
+    source = find_recordings(settings)
+    assert [entry.subject for entry in source.entries] == ["0050272", "0050272"]
+    assert [entry.recording_id for entry in source.entries] == ["sub-0050272_ses-1", "sub-0050272_ses-2"]
+    assert source.subjects["subject"].tolist() == ["0050272"]
+
+
+def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
+    settings = table(tmp_path, "")
+    text = "participant_id\tfile\tage\r\n0050272\tx.npy\tn/a\r\n0050273\ty.npy\t31\r\n"
+    (tmp_path / "list.tsv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    source = find_recordings(settings)
+    assert [(entry.subject, entry.source) for entry in source.entries] == [("0050272", "x.npy"), ("0050273", "y.npy")]

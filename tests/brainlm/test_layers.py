@@ -1,0 +1,172 @@
+"""Attention against a reference written out in float64; positions by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from brainlm.layers import (
+    NUM_TIME,
+    QUERY_BLOCK,
+    SPACE_MM,
+    TIME_S,
+    Attention,
+    Block,
+    BlockedAttention,
+    TokenPosition,
+    attend,
+    space_features,
+    time_features,
+)
+
+B, H, N, M, E = 2, 3, 2 * QUERY_BLOCK + 37, 90, 8  # three blocks of queries, the last one not full
+BF16_TOLERANCE = 2.0**-5  # of the largest value; bfloat16 keeps 8 bits, and a gradient passes three products
+
+
+def tensors(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v and the gradient of the output."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(B, H, N, E), (B, H, M, E), (B, H, M, E), (B, H, N, E)]
+    q, k, v, dy = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dy
+
+
+def some_valid() -> Tensor:
+    valid = torch.rand(B, M, generator=torch.Generator().manual_seed(1)) < 0.6
+    valid[:, 0] = True
+    return valid
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, valid: Tensor | None) -> list[Tensor]:
+    """Output and gradients of q, k and v in float64, term by term."""
+    q, k, v = (x.detach().double().requires_grad_() for x in (q, k, v))
+    scores = torch.einsum("bhne,bhme->bhnm", q, k) / math.sqrt(E)
+    weights = scores.exp() if valid is None else scores.exp() * valid[:, None, None, :]
+    y = torch.einsum("bhnm,bhme->bhne", weights / weights.sum(dim=-1, keepdim=True), v)
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy.double())]
+
+
+def blocked(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, valid: Tensor | None) -> list[Tensor]:
+    y = BlockedAttention.apply(q, k, v, valid)
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+
+
+@pytest.mark.parametrize("valid", [None, some_valid()], ids=["all valid", "some valid"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_blocked_attention_and_its_gradients_equal_the_float64_reference(
+    dtype: torch.dtype, valid: Tensor | None
+) -> None:
+    inputs = tensors(dtype)
+    for name, found, expected in zip(["y", "dq", "dk", "dv"], blocked(*inputs, valid), reference(*inputs, valid)):
+        assert found.dtype == dtype
+        tolerance = BF16_TOLERANCE if dtype == torch.bfloat16 else 1e-5  # gradients of k and v are summed in float32
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name}: {error:.2g}"
+
+
+@pytest.mark.parametrize("valid", [None, some_valid()], ids=["all valid", "some valid"])
+def test_blocked_attention_equals_scaled_dot_product_attention(valid: Tensor | None) -> None:
+    q, k, v, dy = tensors(torch.float32)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=None if valid is None else valid[:, None, None, :])
+    expected = [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+    for found, wanted in zip(blocked(q, k, v, dy, valid), expected):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_blocked_attention_sums_gradients_of_many_queries_without_losing_them() -> None:
+    num_queries = 64 * QUERY_BLOCK
+    q = torch.zeros(1, 1, num_queries, E, dtype=torch.bfloat16)
+    k, v = (torch.zeros(1, 1, 2, E, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    BlockedAttention.apply(q, k, v, None).backward(torch.ones_like(q))
+    assert v.grad is not None
+    assert (v.grad == num_queries / 2).all()  # each key has half of every query; a bfloat16 sum would stop at 256
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_values_that_are_not_valid_are_never_seen(dtype: torch.dtype) -> None:
+    q, k, v, _ = tensors(dtype)
+    valid = some_valid()
+    changed_k, changed_v = (torch.where(valid[:, None, :, None], x, 100 * torch.ones_like(x)) for x in (k, v))
+    assert torch.equal(attend(q, k, v, valid), attend(q, changed_k, changed_v, valid))
+
+
+def test_bfloat16_on_a_cpu_takes_the_blocked_way() -> None:
+    q, k, v, dy = tensors(torch.bfloat16)
+    strided = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]  # as heads are cut
+    assert not strided[0].is_contiguous()
+    assert torch.equal(attend(strided[0], strided[1], strided[2]), blocked(q, k, v, dy, None)[0])
+
+
+@pytest.mark.parametrize("valid", [None, some_valid()], ids=["all valid", "some valid"])
+def test_attention_weights_are_the_ones_that_attention_uses(valid: Tensor | None) -> None:
+    torch.manual_seed(0)
+    layer = Attention(12, 3)
+    x, memory = torch.randn(B, 5, 12), torch.randn(B, M, 12)
+    weights = layer.attention_weights(x, memory, valid)
+    assert weights.shape == (B, 3, 5, M)
+    torch.testing.assert_close(weights.sum(dim=-1), torch.ones(B, 3, 5))
+    if valid is not None:
+        assert (weights[~valid[:, None, None, :].expand_as(weights)] == 0).all()
+    v = layer.key_value(memory)[..., 12:].view(B, M, 3, 4).transpose(1, 2)
+    torch.testing.assert_close(layer(x, memory, valid), layer.out((weights @ v).transpose(1, 2).flatten(2)))
+
+
+def test_a_block_is_pre_norm_with_two_residuals() -> None:
+    torch.manual_seed(0)
+    x, memory = torch.randn(2, 4, 8), torch.randn(2, 6, 8)
+    for cross in (False, True):
+        block = Block(8, 2, 16, cross=cross)
+        for norm in (block.norm_attention, block.norm_memory, block.norm_mlp):
+            if norm is not None:
+                torch.nn.init.normal_(norm.weight)
+        normed = block.norm_attention(x)
+        keys = normed if block.norm_memory is None else block.norm_memory(memory)
+        y = x + block.attention(normed, keys)
+        y = y + block.mlp_out(F.gelu(block.mlp_in(block.norm_mlp(y))))
+        torch.testing.assert_close(block(x, memory if cross else None), y)
+
+
+def test_space_features_are_coordinates_and_waves_in_mm() -> None:
+    coords_mm = torch.tensor([[0.0, 0.0, 0.0], [SPACE_MM[0] / 4, -50.0, SPACE_MM[-1] / 2]])
+    found = space_features(coords_mm)
+    waves = 3 * len(SPACE_MM)
+    assert found.shape == (2, 3 + 2 * waves)
+    torch.testing.assert_close(found[0], torch.tensor([0.0] * 3 + [0.0] * waves + [1.0] * waves))
+    torch.testing.assert_close(found[1, :3], coords_mm[1] / 100)
+    sines, cosines = found[1, 3 : 3 + waves].view(3, -1), found[1, 3 + waves :].view(3, -1)
+    torch.testing.assert_close(sines[0, 0].item(), 1.0)  # a quarter of the longest wave
+    torch.testing.assert_close(cosines[2, -1].item(), -1.0)  # half of the shortest
+    torch.testing.assert_close(sines[1, 1].item(), math.sin(-2 * math.pi * 50 / SPACE_MM[1]))
+
+
+def test_time_features_are_waves_in_seconds() -> None:
+    times_s = torch.tensor([0.0, TIME_S[0] / 4, TIME_S[1] / 4, 777.0])
+    found = time_features(times_s)
+    assert found.shape == (4, 2 * NUM_TIME)
+    assert found.dtype == torch.float32
+    periods = np.geomspace(*TIME_S, NUM_TIME)
+    for row, time_s in zip(found.tolist(), times_s.tolist()):
+        phase = 2 * np.pi * time_s / periods
+        np.testing.assert_allclose(row, np.concatenate([np.sin(phase), np.cos(phase)]), atol=2e-4)
+    assert found[1, 0].item() == pytest.approx(1.0)
+    assert found[2, NUM_TIME - 1].item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("num_parcels", [None, 3], ids=["coordinates alone", "with a code per parcel"])
+def test_positions_are_parcel_major_sums_of_space_and_time(num_parcels: int | None) -> None:
+    torch.manual_seed(0)
+    position = TokenPosition(8, num_parcels)
+    space, time = space_features(50 * torch.randn(3, 3)), time_features(torch.tensor([10.0, 30.0]))
+    found = position(space, time)
+    assert found.shape == (6, 8)
+    for parcel in range(3):
+        for patch in range(2):
+            code = position.space(space[parcel]) + position.time(time[patch])
+            if position.parcel is not None:
+                code = code + position.parcel.weight[parcel]
+            torch.testing.assert_close(found[2 * parcel + patch], code)
