@@ -191,7 +191,7 @@ def _table_entry(row: dict[Any, Any], columns: ColumnNames, settings: SourceSett
         name: text(row[column]) if (column := getattr(columns, name)) else ""
         for name in ("subject", "session", "task", "run", "site", "family")
     }
-    words["subject"] = words["subject"].removeprefix("sub-")  # as in BIDS: one person has one name, however it is written
+    words["subject"] = words["subject"].removeprefix("sub-")  # as in BIDS: a person has one name, however it is written
     recording_id = _fill(columns.recording_id, row)
     if columns.recording_id is None:
         pairs = (("sub", "subject"), ("ses", "session"), ("task", "task"), ("run", "run"))

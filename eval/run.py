@@ -102,7 +102,7 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
 
 
 def data_notes(plan: Plan) -> tuple[str, ...]:
-    """Return what the preparation did to time, which every score depends on: the filter, and its known leaks."""
+    """Return what every score depends on: the filter, its known leaks, and baselines that saw what is scored."""
     contract = plan.dataset.contract
     ends = [
         f"{word} {cutoff_hz:g} Hz"
@@ -110,7 +110,9 @@ def data_notes(plan: Plan) -> tuple[str, ...]:
         if cutoff_hz is not None
     ]
     kept = "filtered, kept " + " and ".join(ends) if ends else "no temporal filter"
-    return (f"data: {kept}", *(f"data: {flag}" for flag in contract.flags))
+    used = {"train": "fitted", "val": "tuned"}.get(plan.settings.split)
+    seen = (f"data: baselines were {used} on the recordings that are scored here",) if used else ()
+    return (f"data: {kept}", *(f"data: {flag}" for flag in contract.flags), *seen)
 
 
 def print_plan(plan: Plan) -> None:

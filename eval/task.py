@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import re
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -17,6 +18,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from brainlm.errors import StoreError
 from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.intervals import Metric, bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
@@ -120,17 +122,25 @@ def write_output(store: Store, unit: Unit, output: UnitOutput) -> None:
 
 
 def read_output(store: Store, unit: Unit) -> UnitOutput:
+    """Read what `write_output` left.
+
+    Raises
+    ------
+    StoreError
+        If a file is damaged, naming the files to remove.
+    """
     parcels = examples = None
-    if store.exists(f"{unit.stem}.parcels.parquet"):
-        parcels = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parcels.parquet")))
-    if store.exists(f"{unit.stem}.examples.npz"):
-        with np.load(io.BytesIO(store.read_bytes(f"{unit.stem}.examples.npz")), allow_pickle=False) as archive:
-            examples = {name: archive[name] for name in archive.files}
-    return UnitOutput(
-        table=pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parquet"))),
-        parcels=parcels,
-        examples=examples or {},
-    )
+    try:
+        if store.exists(f"{unit.stem}.parcels.parquet"):
+            parcels = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parcels.parquet")))
+        if store.exists(f"{unit.stem}.examples.npz"):
+            with np.load(io.BytesIO(store.read_bytes(f"{unit.stem}.examples.npz")), allow_pickle=False) as archive:
+                examples = {name: archive[name] for name in archive.files}
+        table = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parquet")))
+    except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
+        files = f"{store.url_of(unit.stem)}.*"
+        raise StoreError(f"{files} is damaged; remove these files and run again: {error}") from error
+    return UnitOutput(table=table, parcels=parcels, examples=examples or {})
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:

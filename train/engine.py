@@ -132,7 +132,7 @@ class Engine:
         """Gather float32 weights (the optimizer's own, not the rounded ones). All ranks take part."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        unsharded = {}
+        unsharded: dict[int, Tensor] = {}
         if self.config["bf16"]["enabled"] and self.config["zero_optimization"]["stage"] == 0:
             # There the call below knows of no float32 weights, and the model's own are rounded.
             optimizer = self._engine.optimizer

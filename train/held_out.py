@@ -7,6 +7,7 @@ import math
 import numpy as np
 import torch
 
+from brainlm.errors import TrainingError
 from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
@@ -52,6 +53,11 @@ class HeldOut:
         """Return ``val_loss`` (contract units) and ``val_r2`` (units of recording-and-parcel SD). All ranks take part.
 
         R2 = 1 - sum SSE / sum SST over hidden values, SST about the recording-and-parcel mean.
+
+        Raises
+        ------
+        TrainingError
+            If a prediction is not finite: it must not drop out of the score.
         """
         model = engine.model.eval()
         sums = [0.0, 0.0, 0.0, 0.0]
@@ -63,7 +69,8 @@ class HeldOut:
             predicted = model.reconstruct(*batch)[0].cpu()
             if number >= len(own):
                 continue
-            scored = torch.isfinite(predicted) & (sd > 0)[:, None]
+            hidden = mask.view(len(present), -1).repeat_interleave(model.config.patch_len, dim=1)
+            scored = hidden & (present & (sd > 0))[:, None]
             error = (predicted - window)[scored].double()
             truth = (window - self.recording_mean[:, None])[scored].double()
             unit = sd[:, None].expand_as(window)[scored].double()
@@ -73,4 +80,6 @@ class HeldOut:
             sums[3] += scored.sum().item()
         sse, sst, squared, count = engine.sum_over_ranks(sums)
         engine.model.train()
+        if not math.isfinite(sse):
+            raise TrainingError("predictions for the validation windows are not finite: the weights are damaged")
         return {"val_loss": squared / count, "val_r2": 1 - sse / sst}

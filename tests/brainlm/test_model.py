@@ -159,18 +159,18 @@ def test_visible_values_change_the_prediction(contract: InputContract, windows: 
 
 @both_decoders
 @pytest.mark.parametrize("garbage", [1e4, float("nan")])
+@pytest.mark.parametrize("ids", [None, torch.arange(L).expand(B, L)], ids=["hidden decoded", "all decoded"])
 def test_values_of_missing_parcels_change_nothing_at_all(
-    contract: InputContract, windows: Tensor, decoder: Decoder, garbage: float
+    contract: InputContract, windows: Tensor, decoder: Decoder, garbage: float, ids: Tensor | None
 ) -> None:
     model, mask = build(contract, decoder), mask_of()  # not hidden by the mask everywhere
     assert not values(mask)[~PRESENT].all()
     changed = windows.masked_fill(~PRESENT[:, :, None], garbage)
-    for found, expected in zip(model(changed, mask, PRESENT), model(windows, mask, PRESENT)):
+    for found, expected in zip(model(changed, mask, PRESENT, ids), model(windows, mask, PRESENT, ids)):
         assert torch.equal(found, expected)
     before, after = model.reconstruct(windows, mask, PRESENT), model.reconstruct(changed, mask, PRESENT)
     assert_equal_where_finite(after, before, rtol=0, atol=0)
-    loss = model(changed, mask, PRESENT).mean
-    loss.backward()
+    model(changed, mask, PRESENT, ids).mean.backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 

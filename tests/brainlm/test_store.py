@@ -211,7 +211,7 @@ def test_a_name_that_is_no_storage_is_refused() -> None:
         Store("nowhere://x")
 
 
-@pytest.mark.parametrize(("url", "local"), [("memory://", False), ("memory://a/", False), ("/tmp/", True)])
+@pytest.mark.parametrize(("url", "local"), [("memory://", False), ("memory://a/", False), ("/", True), ("a/", True)])
 def test_a_slash_at_the_end_changes_nothing(url: str, local: bool) -> None:
     assert Store(url).is_local is local
 

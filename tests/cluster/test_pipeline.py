@@ -81,6 +81,16 @@ def test_a_finished_study_is_not_repeated(study: Study, caplog: pytest.LogCaptur
     assert "nothing was repeated" in caplog.text
 
 
+def test_a_person_is_told_what_to_look_at(study: Study, caplog: pytest.LogCaptureFixture) -> None:
+    assert study.start("look_at=out/report.html") == 0
+    assert "look at out/report.html" in caplog.text
+    caplog.clear()
+    study.change("pretrain", leave="nothing", status=1)
+    (study.folder / "pretrain.done").unlink()
+    assert study.start("look_at=out/report.html") == 1
+    assert "look at" not in caplog.text
+
+
 def test_a_dry_run_shows_the_commands_and_runs_nothing(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
     assert study.start("--dry-run") == 0
     assert study.ran == []

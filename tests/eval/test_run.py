@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,8 @@ from eval.results import Score, read_scores
 from eval.run import main
 
 TRAINED_ON = "sub-train000"  # by the checkpoints of the fixture
+STEM = "reconstruction--gaussian--[0-9a-f]+"
+Captured = pytest.CaptureFixture[str]
 
 
 def arguments(dataset: Dataset, training_run: Path, out: Path, *more: str) -> list[str]:
@@ -297,3 +301,26 @@ def test_siblings_are_resampled_together(training_run: Path, tmp_path: Path) -> 
     assert all("subjects of one family are resampled together" in s.notes for s in scores)
     frame = pd.read_parquet(next((tmp_path / "out" / "subjects").glob("forecasting--mean--*.parquet")))
     assert frame["group"].nunique() == 3
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".parcels.parquet", ".examples.npz"])
+def test_damaged_unit_is_named_and_not_shown_as_a_traceback(
+    suffix: str, finished: Path, dataset: Dataset, training_run: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "results"
+    shutil.copytree(finished, out)
+    damaged = next(p for p in (out / "subjects").iterdir() if re.fullmatch(f"{STEM}{re.escape(suffix)}", p.name))
+    damaged.write_bytes(damaged.read_bytes()[:40])
+    assert main(arguments(dataset, training_run, out)) == 1
+    message = capsys.readouterr().err
+    assert damaged.name.removesuffix(suffix) in message
+    assert "remove these files and run again" in message
+
+
+def test_scores_of_the_split_that_baselines_were_tuned_on_say_so(
+    dataset: Dataset, training_run: Path, tmp_path: Path, finished: Path
+) -> None:
+    assert main(arguments(dataset, training_run, tmp_path, "split=val", "tasks=[forecasting]")) == 0
+    note = "data: baselines were tuned on the recordings that are scored here"
+    assert all(note in score.notes for score in read_scores(Store(tmp_path)))
+    assert not any(note in score.notes for score in read_scores(Store(finished)))
