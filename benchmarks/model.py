@@ -50,10 +50,9 @@ def _timed(work: Any, device: torch.device) -> float:
 def new_model(case: str, decoder: str) -> BrainLM:
     rng = np.random.default_rng(0)
     ones = np.ones(NUM_PARCELS, dtype=np.float32)
-    atlas = Atlas(
-        name="benchmark", sha256="", labels=np.arange(NUM_PARCELS), coords_mm=rng.normal(0, 40, (NUM_PARCELS, 3)).astype(np.float32),
-        parcel_names=tuple(f"p{i}" for i in range(NUM_PARCELS)),
-    )  # fmt: skip
+    coords_mm = rng.normal(0, 40, (NUM_PARCELS, 3)).astype(np.float32)
+    names = tuple(f"p{i}" for i in range(NUM_PARCELS))
+    atlas = Atlas(name="benchmark", sha256="", labels=np.arange(NUM_PARCELS), parcel_names=names, coords_mm=coords_mm)
     contract = InputContract(
         atlas=atlas, covered=ones > 0, median=0 * ones, iqr=ones, tr_s=0.735, window_len=200, patch_len=20
     )

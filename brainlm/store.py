@@ -93,8 +93,8 @@ class Store:
         """Write a whole file atomically, making its folder."""
         path = self.path(name)
         try:
-            self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             if self.is_local:
+                self.fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
                 temporary = f"{path}.{uuid.uuid4().hex[:8]}.tmp"
                 try:
                     with open(temporary, "wb") as file:

@@ -8,16 +8,19 @@ that file is there and neither its command, the config files it names, nor an ea
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 
 from brainlm.config import Section, load_config, parse_entry_args
 from brainlm.errors import BrainLMError, ConfigError
@@ -85,10 +88,7 @@ def run(settings: PipelineSettings) -> int:
         logger.info("== %s", title)
         stage_started = time.perf_counter()
         before = Path(stage.done).stat().st_mtime_ns if Path(stage.done).is_file() else None
-        try:
-            status = subprocess.run(shlex.split(stage.command), env=environment(), check=False).returncode
-        except OSError as error:
-            raise ConfigError(f"stage {stage.name}: cannot run {stage.command!r}: {error}") from error
+        status = run_command(stage)
         elapsed_s = time.perf_counter() - stage_started
         if not Path(stage.done).is_file():
             logger.error(
@@ -112,6 +112,29 @@ def run(settings: PipelineSettings) -> int:
     if settings.look_at:
         logger.info("== look at %s", settings.look_at)
     return 0
+
+
+def run_command(stage: Stage) -> int:
+    """Run a stage and return its exit status. SIGINT and SIGTERM go to all of its processes, and it is waited for.
+
+    A launcher such as DeepSpeed's dies of a signal that it gets alone, and leaves its ranks behind; together, they save
+    a snapshot and leave.
+    """
+    try:
+        process = subprocess.Popen(shlex.split(stage.command), env=environment(), process_group=0)
+    except OSError as error:
+        raise ConfigError(f"stage {stage.name}: cannot run {stage.command!r}: {error}") from error
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+
+    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stage_hash(stage: Stage, upstream: str) -> str:

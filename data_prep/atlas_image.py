@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 
 from brainlm.atlas import Atlas
 from brainlm.errors import DataError
+from data_prep.read_table import number, read_table, text
 from data_prep.settings import AtlasSettings
-from data_prep.sources import number, read_table, text
 
 MAX_GRIDS = 4  # resampled label images kept: one cohort has few grids
 GRID_DECIMALS = 4  # of a voxel: rounding of affines must not move a label, whatever the orientation

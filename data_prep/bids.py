@@ -18,8 +18,9 @@ from typing import Any
 import pandas as pd
 
 from brainlm.errors import DataError
+from data_prep.read_table import number, read_table, subject_rows, text
 from data_prep.settings import SourceSettings
-from data_prep.sources import Source, SourceEntry, number, read_table, subject_rows, text
+from data_prep.source_entry import Source, SourceEntry
 
 SPATIAL_ENTITIES = ("space", "res", "den", "desc", "hemi", "cohort")  # of a derivative, not of the acquisition
 

@@ -21,7 +21,8 @@ from brainlm.store import Store, sha256_of_file
 from data_prep.parquet_tables import RECORDINGS, SUBJECTS, read_parquet, write_parquet
 from data_prep.quality_page import QualityReport, quality_page
 from data_prep.settings import PrepareSettings, differences
-from data_prep.sources import MAX_LISTED, Source, inputs_hash
+from data_prep.source_entry import MAX_LISTED, Source
+from data_prep.sources import inputs_hash
 
 VERSIONS_OF = ("brainlm", "numpy", "scipy", "nibabel", "nilearn", "pandas", "pyarrow", "zarr")
 QUALITY_PAGE = "quality.html"

@@ -28,7 +28,7 @@ from data_prep.quality import dvars_z, lag1_autocorrelation
 from data_prep.read_series import missing_columns, read_series
 from data_prep.resample import is_same_tr, resample
 from data_prep.settings import CheckSettings, CleanSettings, Orientation
-from data_prep.sources import IMAGE_SUFFIXES, SourceEntry
+from data_prep.source_entry import IMAGE_SUFFIXES, SourceEntry
 
 logger = logging.getLogger(__name__)
 

@@ -27,9 +27,11 @@ from data_prep.contract_statistics import compute_statistics
 from data_prep.finish import QUALITY_PAGE, check_truth, is_finished, write_dataset
 from data_prep.one_recording import Recipe, prepare_recording
 from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED, REJECTED_COLUMNS, table_of, write_parquet
+from data_prep.read_table import text
 from data_prep.resample import SAME_TR, future_s
 from data_prep.settings import PrepareSettings
-from data_prep.sources import MAX_LISTED, Source, find_recordings, text
+from data_prep.source_entry import MAX_LISTED, Source
+from data_prep.sources import find_recordings
 from data_prep.splits import SplitItem, assign_splits, find_duplicates
 from data_prep.work import Workers, workers
 from data_prep.write_shards import place_in_shards, write_shards

@@ -11,6 +11,10 @@ from brainlm.shards import StoredDtype
 Orientation = Literal["timepoints_by_parcels", "parcels_by_timepoints", "from_atlas"]
 
 
+# Raise it when the same settings give other series: staged recordings of a stopped run are then made again.
+RECORDING_VERSION = 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColumnNames(Section):
     """Columns of the table (`source.kind: table`) or of ``participants.tsv`` (``bids``: site, family, mean_fd_mm).
@@ -221,9 +225,8 @@ class PrepareSettings(Section):
     def recording_hash(self) -> str:
         """Identify what decides one recording's staged series: other splits or shards reuse it."""
         tree = self.data_tree()
-        return config_hash(
-            {name: tree[name] for name in ("source", "atlas", "clean", "target_tr_s", "windows", "checks")}
-        )
+        parts = {name: tree[name] for name in ("source", "atlas", "clean", "target_tr_s", "windows", "checks")}
+        return config_hash(parts | {"version": RECORDING_VERSION})
 
 
 def differences(ours: Any, theirs: Any, path: str = "") -> list[str]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import datetime
 import io
+import math
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,6 +106,8 @@ class Engine:
         if self._own_norm and self._engine.is_gradient_accumulation_boundary():
             grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))  # already averaged over ranks
+            if not math.isfinite(self._norm):
+                return  # the caller reads the norm and stops; the weights stay as they are
         self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:
@@ -132,17 +136,22 @@ class Engine:
         """Gather float32 weights (the optimizer's own, not the rounded ones). All ranks take part."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        unsharded: dict[int, Tensor] = {}
-        if self.config["bf16"]["enabled"] and self.config["zero_optimization"]["stage"] == 0:
-            # There the call below knows of no float32 weights, and the model's own are rounded.
-            optimizer = self._engine.optimizer
-            for rounded, exact in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
-                unsharded |= {id(parameter): full for parameter, full in zip(rounded, exact, strict=True)}
         weights = {}
         for name, parameter in self._engine.module.named_parameters():
-            full = unsharded[id(parameter)] if unsharded else safe_get_full_fp32_param(parameter)
+            full = safe_get_full_fp32_param(parameter)  # None in float32 at stage 0: the weights themselves
             weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
         return weights
+
+    @contextlib.contextmanager
+    def whole_tokens(self) -> Iterator[None]:
+        """Make CLS and mask token whole on every rank while the model is read outside its forward pass (ZeRO 3)."""
+        if self.config["zero_optimization"]["stage"] < 3:
+            yield
+            return
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([self.model.cls_token, self.model.mask_token]):
+            yield
 
     def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
         """Write a snapshot. All ranks take part."""

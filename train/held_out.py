@@ -66,7 +66,8 @@ class HeldOut:
         for number in range(rounds):
             window, mask, present, sd = own[number] if number < len(own) else self.windows[0]
             batch = [tensor[None].to(engine.device) for tensor in (window, mask, present)]
-            predicted = model.reconstruct(*batch)[0].cpu()
+            with engine.whole_tokens():
+                predicted = model.reconstruct(*batch)[0].cpu()
             if number >= len(own):
                 continue
             hidden = mask.view(len(present), -1).repeat_interleave(model.config.patch_len, dim=1)

@@ -76,6 +76,11 @@ def train(
                 f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:8]}"
             )
         engine.micro_step()
+        if not math.isfinite(gradient_norm := engine.gradient_norm()):  # the same on all ranks
+            raise TrainingError(
+                f"the gradient of step {state.step + 1} is not finite although its loss is. Nothing was saved since; "
+                "the same command goes on from the newest snapshot"
+            )
         state.step += 1
         state.windows_seen += settings.data.batch_size
         state.seconds_trained += time.perf_counter() - step_started
@@ -89,7 +94,7 @@ def train(
                 "loss": since.mean_loss,
                 "train_r2": 1 - since.mean_loss / since.mean_target,
                 "lr": lr,
-                "grad_norm": engine.gradient_norm(),
+                "grad_norm": gradient_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,

@@ -37,6 +37,10 @@ from train.state import TrainState
 
 logger = logging.getLogger("pretrain")
 DONE = "done.json"
+# Settings that a run may go on with changed: they do not touch the weights.
+MAY_CHANGE = {
+    "run.out", "run.log_every", "run.snapshot_every", "run.keep_snapshots", "engine.threads", "engine.timeout_s",
+}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -125,6 +129,8 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         settings.data.batch_size, world.size,
     )  # fmt: skip
     manifest = describe(settings, dataset, model, world)
+    if (folder / "manifest.json").is_file():  # every rank looks, so that every rank stops
+        check_same_run(settings, dataset, folder)
     if world.is_rank_zero:
         write_run_files(settings, dataset, folder, manifest)
     engine = Engine(settings, model, world)
@@ -176,10 +182,9 @@ def describe(settings: PretrainSettings, dataset: Dataset, model: BrainLM, world
 
 
 def write_run_files(settings: PretrainSettings, dataset: Dataset, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write config.yaml and manifest.json before step 0; a folder of another run is an error."""
+    """Write config.yaml and manifest.json before step 0; those of a run that goes on stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     if (folder / "manifest.json").is_file():
-        check_same_run(settings, dataset, folder)
         return
     (folder / "config.yaml").write_text(to_yaml(settings))
     temporary = folder / "manifest.json.tmp"
@@ -194,7 +199,7 @@ def check_same_run(settings: PretrainSettings, dataset: Dataset, folder: Path) -
     differs = [
         f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
         for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key)
+        if key not in MAY_CHANGE and theirs.get(key) != ours.get(key)
     ]
     if manifest["data_hash"] != dataset.content_hash:
         differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {dataset.content_hash[:12]} here")

@@ -161,6 +161,11 @@ def check_settings(settings: PretrainSettings, world_size: int) -> None:
     """Check relations between sections; change nothing."""
     settings.model.resolved  # noqa: B018 - raises if the sizes contradict each other
     micro_batches(settings, world_size)
+    if settings.engine.precision == "bf16" and settings.engine.zero_stage == 0:
+        raise ConfigError(
+            "engine.precision=bf16 needs engine.zero_stage of 1 or more: at stage 0 DeepSpeed's first update is not "
+            "the one that was asked for. Stage 1 costs nothing more on one rank"
+        )
     if settings.optimizer.warmup_steps >= settings.run.steps:
         raise ConfigError(
             f"optimizer.warmup_steps={settings.optimizer.warmup_steps} must be below run.steps={settings.run.steps}"

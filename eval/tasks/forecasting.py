@@ -26,7 +26,7 @@ class ForecastingSettings(Section):
     horizons: tuple[int, ...] = (20,)
     """Timepoints predicted at the end of each window; multiples of the patch length."""
     max_windows_per_recording: int = 1
-    orders: tuple[int, ...] = (1, 2, 3, 5, 8, 12)
+    orders: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 16, 24)
     """Of the autoregression; chosen on ``val``."""
     reference: str = "autoregression"
     """Baseline that every method is compared with, fixed in advance."""

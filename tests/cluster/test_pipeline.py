@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -213,3 +217,43 @@ def test_the_hash_of_a_stage_sees_all_that_it_depends_on(tmp_path: Path, monkeyp
     (tmp_path / "a.yaml").write_text("x: 2")
     others.append(stage_hash(stage(), ""))
     assert len({base, *others}) == 4
+
+
+LAUNCHER = """
+import pathlib, subprocess, sys
+# Like the launcher of DeepSpeed: it dies of a signal at once, whatever the worker that it started does.
+worker = '''
+import pathlib, signal, sys, time
+def stop(number, frame):
+    pathlib.Path(sys.argv[1]).write_text("saved")
+    sys.exit(0)
+signal.signal(signal.SIGTERM, stop)
+pathlib.Path(sys.argv[1]).write_text("working")
+time.sleep(60)
+'''
+subprocess.run([sys.executable, "-c", worker, sys.argv[1]])
+"""
+
+
+def test_a_signal_reaches_the_workers_behind_a_launcher(tmp_path: Path) -> None:
+    state = tmp_path / "state.txt"
+    (tmp_path / "launcher.py").write_text(LAUNCHER)
+    command = f"{sys.executable} {tmp_path}/launcher.py {state}"
+    tree = {
+        "name": "s", "out": str(tmp_path), "stages": [{"name": "a", "command": command, "done": str(tmp_path / "never")}],
+    }  # fmt: skip
+    (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "cluster" / "pipeline.py"), "--config", str(tmp_path / "study.yaml")],
+        env={**os.environ, "PYTHONPATH": str(root)}, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    deadline = time.monotonic() + 60
+    while not (state.is_file() and state.read_text() == "working"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=30) != 0
+    while state.read_text() != "saved":
+        assert time.monotonic() < deadline, "the worker was never told"
+        time.sleep(0.05)

@@ -112,7 +112,10 @@ def test_wrong_columns_are_refused_with_the_numbers(toy, rng):
     (path.parent / "ts" / "S_001.npy").unlink()
     tree = toy.settings(path, max_refused_fraction=0.2, splits={"val": 0.0, "test": 0.0})
     assert toy.prepare(tree) == 0
-    assert "expected 6 columns, one for each parcel of the atlas; found 5 columns of 60 timepoints" in rejected(tree["out"]).loc["S_000", "reason"]
+    assert (
+        "expected 6 columns, one for each parcel of the atlas; found 5 columns of 60 timepoints"
+        in rejected(tree["out"]).loc["S_000", "reason"]
+    )
     assert "no file S_001.npy" in rejected(tree["out"]).loc["S_001", "reason"]
 
 

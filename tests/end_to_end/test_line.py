@@ -54,8 +54,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         "pretrain": (
             f"deepspeed --num_accelerators 2 --master_port {port} train/pretrain.py --config train/configs/demo.yaml "
-            f"data.dataset={dataset} run.out={out}/pretrain run.steps=30 run.snapshot_every=15 optimizer.warmup_steps=5 "
-            "masks.num_decoded=100 validation.every=15",
+            f"data.dataset={dataset} run.out={out}/pretrain run.steps=30 run.snapshot_every=15 "
+            "optimizer.warmup_steps=5 masks.num_decoded=100 validation.every=15",
             out / "pretrain" / "done.json",
         ),
         "evaluate": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 
 import numpy as np
@@ -18,6 +20,7 @@ from train.param_groups import param_groups
 from train.schedule import learning_rate_at
 from train.settings import (
     DataSettings,
+    EngineSettings,
     ModelChoice,
     OptimizerSettings,
     PretrainSettings,
@@ -70,6 +73,12 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(world_size: int) -> None
         check_settings(settings(batch_size=64), world_size)
 
 
+def test_bfloat16_without_partitioning_is_refused_with_the_way_out() -> None:
+    wrong = dataclasses.replace(settings(), engine=EngineSettings(precision="bf16", zero_stage=0))
+    with pytest.raises(ConfigError, match="zero_stage of 1 or more"):
+        check_settings(wrong, 1)
+
+
 def test_a_url_as_output_folder_is_refused_until_it_works() -> None:
     with pytest.raises(ConfigError, match="local disk only"):
         RunSettings(out="s3://bucket/run")
@@ -83,6 +92,9 @@ class OneRank:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self.model = model
+
+    def whole_tokens(self) -> contextlib.nullcontext[None]:
+        return contextlib.nullcontext()
 
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         return values
