@@ -1,4 +1,4 @@
-"""What is to be prepared: recordings that a table lists (`data_prep.listed_files`) or a BIDS folder (`data_prep.bids`)."""
+"""What is to be prepared: recordings listed in a table (`data_prep.listed_files`) or found by `data_prep.bids`."""
 
 from __future__ import annotations
 

@@ -240,7 +240,9 @@ def test_a_signal_reaches_the_workers_behind_a_launcher(tmp_path: Path) -> None:
     (tmp_path / "launcher.py").write_text(LAUNCHER)
     command = f"{sys.executable} {tmp_path}/launcher.py {state}"
     tree = {
-        "name": "s", "out": str(tmp_path), "stages": [{"name": "a", "command": command, "done": str(tmp_path / "never")}],
+        "name": "s",
+        "out": str(tmp_path),
+        "stages": [{"name": "a", "command": command, "done": str(tmp_path / "never")}],
     }  # fmt: skip
     (tmp_path / "study.yaml").write_text(yaml.safe_dump(tree))
     root = Path(__file__).parents[2]
