@@ -32,7 +32,7 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
     # Ray's own usage reports and colours help nobody in a job's log.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "warning"}
+    options: dict[str, Any] = {"address": address, "log_to_driver": False, "logging_level": "error"}
     if address == "local":
         options |= {
             "num_cpus": num_cpus or os.cpu_count(),
