@@ -26,6 +26,7 @@ from brainlm.config import Section, load_config, parse_entry_args
 from brainlm.errors import BrainLMError, ConfigError
 
 logger = logging.getLogger("pipeline")
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -115,7 +116,7 @@ def run(settings: PipelineSettings) -> int:
 
 
 def run_command(stage: Stage) -> int:
-    """Run a stage and return its exit status. SIGINT and SIGTERM go to all of its processes, and it is waited for.
+    """Run a stage and return its exit status. A signal to stop goes to all of its processes, and they are waited for.
 
     A launcher such as DeepSpeed's dies of a signal that it gets alone, and leaves its ranks behind; together, they save
     a snapshot and leave.
@@ -129,7 +130,7 @@ def run_command(stage: Stage) -> int:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
-    before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
         return process.wait()
     finally:

@@ -8,12 +8,13 @@ A run that was stopped goes on from its newest snapshot when the same command is
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -132,6 +133,8 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     if (folder / "manifest.json").is_file():  # every rank looks, so that every rank stops
         check_same_run(settings, dataset, folder)
     if world.is_rank_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)  # held until this process ends
         write_run_files(settings, dataset, folder, manifest)
     engine = Engine(settings, model, world)
     engine.barrier()
@@ -162,6 +165,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         (folder / f"{DONE}.tmp").write_text(done_text)
         os.replace(folder / f"{DONE}.tmp", folder / DONE)
         logger.info("done: %s", checkpoint)
+        lock.close()
     engine.barrier()
     engine.close()
     return 0
@@ -181,9 +185,27 @@ def describe(settings: PretrainSettings, dataset: Dataset, model: BrainLM, world
     }
 
 
+def lock_folder(folder: Path) -> IO[str]:
+    """Keep other training runs out of a folder for as long as the returned file is open.
+
+    Raises
+    ------
+    ConfigError
+        If another process trains there.
+    """
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise ConfigError(
+            f"another process is training in {folder}: wait for it, end it, or choose another run.out"
+        ) from error
+    return file
+
+
 def write_run_files(settings: PretrainSettings, dataset: Dataset, folder: Path, manifest: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json before step 0; those of a run that goes on stay as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
     if (folder / "manifest.json").is_file():
         return
     (folder / "config.yaml").write_text(to_yaml(settings))

@@ -16,6 +16,7 @@ import yaml
 from brainlm.checkpoint import seen_subjects
 from brainlm.model import BrainLM
 from tests.train.conftest import command, environment, metrics, run
+from train.pretrain import lock_folder
 
 Config = Callable[[Path], Path]
 
@@ -139,6 +140,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tmp_path:
     assert "is not finite" in result.stderr
     assert "recording number" in result.stderr
     assert not (tmp_path / "diverged" / "done.json").exists()
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, write_config: Config) -> None:
+    out = tmp_path / "taken"
+    out.mkdir()
+    with lock_folder(out):
+        result = run(write_config(out))
+    assert result.returncode == 1
+    assert "another process is training in" in result.stderr
 
 
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path, write_config: Config) -> None:
