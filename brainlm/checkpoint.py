@@ -4,7 +4,8 @@
 
     model.safetensors      float32 weights
     input_contract.json    what the model must be fed
-    train_subjects.json    keyed hashes of the subjects it was trained on: they can be recognised, not listed
+    train_subjects.json    keyed hashes of the subjects it was trained on: who knows an id can look it up. The key
+                           lies beside them, so ids that can be guessed (sub-001, ...) are not secret
     manifest.json          git commit, data hash, versions, step, settings
     config.json            sizes, hash of the weights; written last, so a folder that has one is complete
 """
@@ -91,7 +92,8 @@ def load_checkpoint(folder: str) -> BrainLM:
 
     store = Store(folder)
     if not store.exists(CONFIG):
-        nested = [name for name in store.names() if store.exists(f"{name}/{CONFIG}")]
+        candidates = [*store.names(), *(f"checkpoints/{name}" for name in store.names("checkpoints"))]
+        nested = [name for name in candidates if store.exists(f"{name}/{CONFIG}")]
         hint = f"; did you mean {folder}/{nested[-1]}?" if nested else ""
         raise CheckpointError(f"{folder} holds no finished checkpoint (no {CONFIG}){hint}")
     tree = store.read_json(CONFIG)

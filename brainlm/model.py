@@ -393,6 +393,8 @@ class BrainLM(nn.Module):
     def _attention_inputs(
         self, windows_BPW: Tensor, mask_BL: Tensor | None, present_BP: Tensor | None, part: str, layer: int
     ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Block]:
+        if part not in ("encoder", "decoder"):
+            raise ConfigError(f"part: expected encoder or decoder, found {part!r}")
         if mask_BL is None and part == "decoder":
             raise DataError("decoder attention needs a mask: the decoder is only asked for hidden patches")
         blocks = self.encoder if part == "encoder" else self.decoder

@@ -26,6 +26,7 @@ from brainlm.config import Section, load_config, parse_entry_args
 from brainlm.errors import BrainLMError, ConfigError
 
 logger = logging.getLogger("pipeline")
+SAVE_S = 120.0  # how long the ranks behind a launcher may take to save
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -93,7 +94,11 @@ def run(settings: PipelineSettings) -> int:
         elapsed_s = time.perf_counter() - stage_started
         if not Path(stage.done).is_file():
             logger.error(
-                "== %s did not finish (exit status %d, no %s); the same command goes on", title, status, stage.done
+                "== %s stopped or failed (exit status %d, no %s). Mend what it says above, if anything; the same "
+                "command repeats nothing that is done",
+                title,
+                status,
+                stage.done,
             )
             return status or 1
         if status != 0 and before == Path(stage.done).stat().st_mtime_ns:
@@ -126,13 +131,22 @@ def run_command(stage: Stage) -> int:
     except OSError as error:
         raise ConfigError(f"stage {stage.name}: cannot run {stage.command!r}: {error}") from error
 
+    told = []
+
     def pass_on(number: int, frame: FrameType | None) -> None:
+        told.append(number)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
-        return process.wait()
+        status = process.wait()
+        deadline = time.monotonic() + SAVE_S
+        with contextlib.suppress(ProcessLookupError):  # raised when the group has no process left
+            while told and time.monotonic() < deadline:
+                os.killpg(process.pid, 0)
+                time.sleep(0.2)
+        return status
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -99,7 +99,8 @@ class AtlasImage:
         own = self.columns[tuple(labelled.T)]
         edge = 0.5 + 10.0**-GRID_DECIMALS
         visible = np.all((centres >= -edge) & (centres <= np.asarray(shape) - 1 + edge), axis=1)
-        in_view = np.bincount(own, weights=visible, minlength=num_parcels) / np.bincount(own, minlength=num_parcels)
+        num_own = np.maximum(np.bincount(own, minlength=num_parcels), 1)  # a parcel may have no voxel at all
+        in_view = np.bincount(own, weights=visible, minlength=num_parcels) / num_own
         return Grid(voxels, columns, np.bincount(columns, minlength=num_parcels), in_view)
 
 
@@ -143,13 +144,14 @@ def load_atlas(settings: AtlasSettings) -> AtlasImage:
     labels = labels[labels > 0]
     if labels.size == 0:
         raise DataError(f"{path}: the image has no label above 0")
-    columns = np.where(labelled > 0, np.searchsorted(labels, labelled), -1).astype(np.int32)
-    coords_mm = _centres_of_mass(columns, affine, len(labels))
     names: list[str] = [f"{settings.name}_{label}" for label in labels]
     networks: list[str] | None = None
     warnings: list[str] = []
+    given_mm: NDArray[np.float64] | None = None
     if settings.labels is not None:
-        names, networks, coords_mm, warnings = _read_labels(settings, labels, coords_mm)
+        labels, names, networks, given_mm, warnings = _read_labels(settings, labels)
+    columns = np.where(labelled > 0, np.searchsorted(labels, labelled), -1).astype(np.int32)
+    coords_mm = _centres_of_mass(columns, affine, len(labels)) if given_mm is None else given_mm
     digest = hashlib.sha256()
     for part in (np.asarray(labelled.shape), labelled, np.round(affine, 6)):
         digest.update(np.ascontiguousarray(part).astype("<f8" if part.dtype.kind == "f" else "<i8").tobytes())
@@ -175,9 +177,13 @@ def _centres_of_mass(columns: NDArray[np.int32], affine: NDArray[np.float64], nu
 
 
 def _read_labels(
-    settings: AtlasSettings, labels: NDArray[np.int64], coords_mm: NDArray[np.float64]
-) -> tuple[list[str], list[str] | None, NDArray[np.float64], list[str]]:
-    """Return names, networks, coordinates and warnings from the table, one each for `labels`."""
+    settings: AtlasSettings, labels: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[str], list[str] | None, NDArray[np.float64] | None, list[str]]:
+    """Return labels, names, networks, coordinates (None where the table has none) and warnings.
+
+    A row without a voxel in the image is a parcel all the same where the table says where it lies: it is never
+    covered, and the columns of the series stay those of the atlas.
+    """
     assert settings.labels is not None
     text_columns = [settings.name_column, *([settings.network_column] if settings.network_column else [])]
     table = read_table(settings.labels, text_columns)
@@ -198,17 +204,20 @@ def _read_labels(
         )
     warnings = []
     extra = sorted(set(rows) - {int(label) for label in labels} - {0})
+    has_coords = set(settings.coords_columns) <= set(table.columns)
     if extra:
-        warnings.append(
-            f"{len(extra)} rows of the atlas table have no voxel in the image and are left out: labels {extra[:10]}"
-        )
+        what = "are parcels that nothing covers" if has_coords else "are left out, for want of coordinates"
+        warnings.append(f"{len(extra)} rows of the atlas table have no voxel in the image and {what}: {extra[:10]}")
+    if has_coords:
+        labels = np.union1d(labels, np.asarray(extra, dtype=np.int64))
     mine = [rows[int(label)] for label in labels]
-    if {"x_mm", "y_mm", "z_mm"} <= set(table.columns):
-        axes = ("x_mm", "y_mm", "z_mm")
+    coords_mm = None
+    if has_coords:
+        axes = settings.coords_columns
         given = [[number(row[axis], f"{settings.labels}: {axis}") for axis in axes] for row in mine]
         coords_mm = np.asarray(given, dtype=np.float64)
     networks = [text(row[settings.network_column]) for row in mine] if settings.network_column else None
-    return [text(row[settings.name_column]) for row in mine], networks, coords_mm, warnings
+    return labels, [text(row[settings.name_column]) for row in mine], networks, coords_mm, warnings
 
 
 def _label(value: Any, where: str) -> int:

@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             return show_plan(settings)
         return prepare(settings)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except BrainLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -86,7 +86,9 @@ class AtlasSettings(Section):
     space: str = ""
     """BIDS name of its template space, such as MNI152NLin6Asym."""
     labels: str | None = None
-    """Table (.tsv, .csv) with one row a parcel; ``x_mm, y_mm, z_mm`` replace the centre of mass."""
+    """Table (.tsv, .csv) with one row a parcel."""
+    coords_columns: tuple[str, str, str] = ("x_mm", "y_mm", "z_mm")
+    """Columns of the table that replace the centre of mass, where it has them; in the template's millimetres."""
     label_column: str = "index"
     name_column: str = "name"
     network_column: str | None = None

@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
             describe(config)
         else:
             write_cohort(config)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except BrainLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

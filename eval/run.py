@@ -31,11 +31,16 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     try:
         settings = load_config(EvalSettings, args.config, args.overrides)
+        if args.dry_run:
+            print(to_yaml(settings), flush=True)  # also where the plan cannot be made yet
         plan = make_plan(settings)
         if args.dry_run:
             print_plan(plan)
             return 0
         return evaluate(plan)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        return 130
     except BrainLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -118,7 +123,6 @@ def data_notes(plan: Plan) -> tuple[str, ...]:
 def print_plan(plan: Plan) -> None:
     """Say what would be done."""
     store = Store(plan.settings.out)
-    print(to_yaml(plan.settings))
     cohort = plan.cohort()
     print(
         f"data set {plan.dataset.name}: {len(cohort.recordings())} {plan.settings.split} recordings, "

@@ -16,14 +16,17 @@ import sys
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 
+from brainlm.atlas import Atlas
 from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config, parse_entry_args, to_tree, to_yaml
 from brainlm.dataset import Dataset, open_dataset
-from brainlm.errors import BrainLMError, ConfigError
+from brainlm.errors import BrainLMError, ConfigError, DataError, StoreError
+from brainlm.input_contract import InputContract
 from brainlm.loader import WindowLoader
-from brainlm.model import BrainLM
+from brainlm.model import BrainLM, ModelConfig
 from brainlm.presets import flops_per_window
 from brainlm.provenance import git_commit, versions
 from brainlm.world import World, read_world
@@ -38,6 +41,7 @@ from train.state import TrainState
 
 logger = logging.getLogger("pretrain")
 DONE = "done.json"
+DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
 # Settings that a run may go on with changed: they do not touch the weights.
 MAY_CHANGE = {
     "run.out", "run.log_every", "run.snapshot_every", "run.keep_snapshots", "engine.threads", "engine.timeout_s",
@@ -53,21 +57,28 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = load_config(PretrainSettings, args.config, args.overrides)
         check_settings(settings, world.size)
-        dataset = open_dataset(settings.data.dataset)
         if args.dry_run:
             if world.is_rank_zero:
-                print(plan(settings, dataset, world))
+                print(plan(settings, world))
             return 0
-        return run(settings, dataset, world)
+        return run(settings, open_dataset(settings.data.dataset), world)
     except BrainLMError as error:
         logger.error("%s", error)
         return 1
 
 
-def plan(settings: PretrainSettings, dataset: Dataset, world: World) -> str:
-    """Return the resolved settings and what they amount to, as text."""
-    model = new_model(settings, dataset)
-    config = model.config
+def plan(settings: PretrainSettings, world: World) -> str:
+    """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
+    config = settings.model.resolved
+    try:
+        dataset = open_dataset(settings.data.dataset)
+    except (DataError, StoreError) as error:
+        contract = blank_contract(DEFAULT_NUM_PARCELS, config)
+        data = f"not there yet, {DEFAULT_NUM_PARCELS} parcels assumed ({error})"
+    else:
+        contract = dataset.contract
+        data = f"{dataset.name}, content {dataset.content_hash[:12]}"
+    model = BrainLM(config, contract)
     tokens = model.num_parcels * config.num_patches
     batch = settings.data.batch_size
     ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
@@ -82,9 +93,25 @@ def plan(settings: PretrainSettings, dataset: Dataset, world: World) -> str:
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
         f"windows in the run    {settings.run.steps * batch:,}",
         f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
-        f"data set              {dataset.name}, content {dataset.content_hash[:12]}",
+        f"data set              {data}",
     ]
     return "\n".join(lines)
+
+
+def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
+    """Return a contract that knows nothing but sizes, for counting."""
+    ones = np.ones(num_parcels, dtype=np.float32)
+    atlas = Atlas(
+        name="none",
+        sha256="",
+        labels=np.arange(num_parcels),
+        parcel_names=tuple(str(i) for i in range(num_parcels)),
+        coords_mm=np.zeros((num_parcels, 3), dtype=np.float32),
+    )
+    return InputContract(
+        atlas=atlas, covered=ones > 0, median=0 * ones, iqr=ones, tr_s=1.0,
+        window_len=config.window_len, patch_len=config.patch_len,
+    )  # fmt: skip
 
 
 def new_model(settings: PretrainSettings, dataset: Dataset) -> BrainLM:

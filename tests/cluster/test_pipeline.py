@@ -134,7 +134,7 @@ def test_a_stage_that_fails_stops_the_study_and_a_rerun_goes_on_from_it(
     study.change("prepare", leave="nothing", status=7)
     assert study.start() == 7
     assert study.ran == ["simulate", "prepare"]
-    assert "study 2/3: prepare did not finish (exit status 7, no prepare.done)" in caplog.text
+    assert "study 2/3: prepare stopped or failed (exit status 7, no prepare.done)" in caplog.text
     study.change("prepare")
     assert study.start() == 0
     assert study.ran == ["prepare", "pretrain"]

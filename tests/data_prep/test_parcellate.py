@@ -51,9 +51,19 @@ def test_table_gives_names_by_label_and_coordinates(toy):
     atlas = load_atlas(
         AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy", labels=str(toy.folder / "xyz.tsv"))
     )
-    assert atlas.atlas.parcel_names == tuple(f"p{label}" for label in LABELS)
-    assert atlas.atlas.coords_mm[:, 0].tolist() == [0, 1, 2, 3, 4, 5]
-    assert "999" in atlas.warnings[0]
+    assert atlas.atlas.parcel_names == ("p3", "p7", "p130", "p300", "extra", "p1000", "p1001")  # by label
+    assert atlas.atlas.coords_mm[:, 0].tolist() == [0, 1, 2, 3, 0, 4, 5]
+    assert "parcels that nothing covers: [999]" in atlas.warnings[0]
+
+
+def test_a_row_without_voxels_or_coordinates_is_left_out_with_a_warning(toy):
+    rows = "\n".join(f"{label}\tp{label}" for label in LABELS)
+    (toy.folder / "names.tsv").write_text(f"index\tname\n999\textra\n{rows}\n")
+    atlas = load_atlas(
+        AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy", labels=str(toy.folder / "names.tsv"))
+    )
+    assert atlas.atlas.num_parcels == len(LABELS)
+    assert "are left out, for want of coordinates: [999]" in atlas.warnings[0]
 
 
 def test_table_without_a_label_of_the_image_is_refused(toy):
@@ -251,3 +261,25 @@ def test_real_atlas_coordinates_lie_near_its_published_table(shared_data):
     table = pd.read_csv(shared_data / "atlases" / "A424_Coordinates.txt", sep=r"\s+", header=None).to_numpy()
     distance = np.linalg.norm(atlas.coords_mm - table[:, 1:], axis=1)
     assert np.median(distance) < 5
+
+
+def test_a_parcel_of_the_table_without_a_voxel_stays_a_column_that_nothing_covers(shared_data):
+    folder = shared_data / "semireal_painted_mni4mm"
+    atlas = load_atlas(
+        AtlasSettings(
+            image=str(folder / "A424+2mm_strided_to_4mm.nii.gz"),
+            name="A424",
+            labels=str(shared_data / "atlases" / "A424_yeo7.csv"),
+            label_column="a424",
+            coords_columns=("x_mni", "y_mni", "z_mni"),
+        )
+    )
+    assert atlas.atlas.num_parcels == 424
+    assert "no voxel in the image and are parcels that nothing covers: [405]" in atlas.warnings[0]
+    found = run(next(folder.glob("*_bold.nii.gz")), atlas, min_parcel_coverage=0.0)
+    oracle = np.load(folder / "oracle_A424_mean_T220x424_float64.npy")
+    assert found.coverage[404] == 0
+    assert np.isnan(found.bold[:, 404]).all()
+    present = found.coverage > 0
+    assert present.sum() == 422
+    np.testing.assert_allclose(found.bold[:, present], oracle[:, present], rtol=1e-5)
