@@ -62,7 +62,7 @@ def test_bfloat16_on_the_gpu_is_near_float32(decoder: str) -> None:
 def test_attention_runs_in_a_flash_kernel() -> None:
     windows, mask = batch()
     model = model_of("full").cuda().bfloat16()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as profile:
         model(windows.cuda(), mask.cuda()).mean.backward()
         torch.cuda.synchronize()
     kernels = " ".join(event.key.lower() for event in profile.key_averages())
