@@ -24,6 +24,8 @@ FLOAT_1_2 = (
     re.compile(r"^[-+]?[0-9][0-9_]*(\.[0-9]*)?[eE][-+]?[0-9]+$"),
     list("-+0123456789"),
 )
+# on, off, yes and no are text, as in ``ray.address=off``.
+BOOL_1_2 = ("tag:yaml.org,2002:bool", re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
 
 
 class Section:
@@ -33,7 +35,7 @@ class Section:
 
 
 def parse_yaml(text: str, where: str) -> Any:
-    """Parse YAML text, reading ``1e-4`` as the number it is.
+    """Parse YAML text, reading ``1e-4`` as the number and ``off`` as the word it is.
 
     Raises
     ------
@@ -46,7 +48,7 @@ def parse_yaml(text: str, where: str) -> Any:
         """Safe loader with YAML 1.2 floats, dates left as text, and no duplicate keys."""
 
         yaml_implicit_resolvers = {  # noqa: RUF012
-            first: [rule for rule in rules if rule[0] != "tag:yaml.org,2002:timestamp"]
+            first: [rule for rule in rules if rule[0] not in ("tag:yaml.org,2002:timestamp", BOOL_1_2[0])]
             for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
         }
 
@@ -58,6 +60,7 @@ def parse_yaml(text: str, where: str) -> Any:
             return super().construct_mapping(node, deep)
 
     Loader.add_implicit_resolver(*FLOAT_1_2)
+    Loader.add_implicit_resolver(*BOOL_1_2)
     try:
         return yaml.load(text, Loader=Loader)
     except yaml.YAMLError as error:

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from brainlm.errors import ConfigError
+from brainlm.errors import BrainLMError, ConfigError
+
+logger = logging.getLogger(__name__)
+
+# Of `ray.exceptions`: the task itself did not fail, where it ran did.
+LOST = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
+GONE = ("LocalRayletDiedError", "RaySystemError", "RpcError")  # nothing more can run
 
 
 @contextmanager
@@ -17,8 +25,8 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
     Parameters
     ----------
     address : str
-        ``local`` starts a private Ray on this machine and ends it; ``auto`` joins the cluster that this program runs
-        in (a submitted job); anything else is the address of a cluster.
+        ``local`` starts a private Ray on this machine and ends it, also when this process is killed; ``auto`` joins
+        the cluster that this program runs in (a submitted job); anything else is the address of a cluster.
     num_cpus, object_store_mb : int
         Of a local Ray: workers at a time, and the bound on shared memory.
     """
@@ -53,18 +61,40 @@ def fan_out(
     *,
     max_in_flight: int,
     max_retries: int = 2,
+    when_lost: Callable[[int, str], Any] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*task)`` for every task on Ray workers, a bounded number at a time.
+
+    Parameters
+    ----------
+    when_lost : callable, optional
+        Given the position of a task that loses its worker again and again, and why in words; what it returns is that
+        task's result. Default: the work ends with an error.
 
     Yields
     ------
     (int, result)
-        Position of the task and its result, in the order in which they finish. A lost worker is retried; an exception
-        of the function itself is raised here, after the tasks in flight have been cancelled.
+        Position of the task and its result, in the order in which they finish.
+
+    Raises
+    ------
+    BrainLMError
+        If a task has lost its worker more than `max_retries` times (killed, out of memory, its machine gone); the
+        message names the task. Up to then it is given to another worker.
+    Exception
+        What the function itself raised, as it raised it: trying again would not help.
+
+    Notes
+    -----
+    When this ends early, for whatever reason, the tasks in flight are cancelled. Losses are counted here, because Ray
+    would repeat a task that it killed for its memory for ever.
     """
-    remote = ray.remote(num_cpus=1, max_retries=max_retries)(function)
+    remote = ray.remote(num_cpus=1, max_retries=0)(function)
+    lost_kinds = tuple(getattr(ray.exceptions, name) for name in LOST)
+    gone_kinds = tuple(getattr(ray.exceptions, name) for name in GONE)
     running: dict[Any, int] = {}
     waiting = iter(range(len(tasks)))
+    losses: dict[int, int] = {}
     try:
         while True:
             while len(running) < max_in_flight and (position := next(waiting, None)) is not None:
@@ -73,7 +103,46 @@ def fan_out(
                 return
             done, _ = ray.wait(list(running), num_returns=1)
             for reference in done:
-                yield running.pop(reference), ray.get(reference)
+                position = running.pop(reference)
+                try:
+                    result = ray.get(reference)
+                except ray.exceptions.RayTaskError as error:  # without the worker's traceback in the message
+                    raise error.cause from error
+                except (*lost_kinds, *gone_kinds) as error:
+                    losses[position] = losses.get(position, 0) + 1
+                    task = _in_words(function, tasks, position)
+                    is_last = losses[position] > max_retries
+                    if is_last and when_lost is not None and not isinstance(error, gone_kinds):
+                        yield position, when_lost(position, _why_lost(task, losses[position], error))
+                        continue
+                    if is_last or isinstance(error, gone_kinds):
+                        raise BrainLMError(_why_lost(task, losses[position], error)) from error
+                    logger.warning("%s lost its worker (%s); it is given to another one", task, type(error).__name__)
+                    running[remote.remote(*tasks[position])] = position
+                    continue
+                yield position, result
     finally:
         for reference in running:
             ray.cancel(reference, force=True)
+
+
+def _in_words(function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], position: int) -> str:
+    short = reprlib.Repr()
+    short.maxother = short.maxstring = 100
+    arguments = ", ".join(
+        short.repr(argument) for argument in tasks[position] if type(argument).__name__ != "ObjectRef"
+    )
+    return f"task {position + 1} of {len(tasks)}, {getattr(function, '__name__', function)}({arguments})"
+
+
+def _why_lost(task: str, times: int, error: Exception) -> str:
+    kind = type(error).__name__
+    if kind in GONE:
+        return f"Ray itself has ended while {task} was running ({kind}): run again; what is finished stays finished"
+    reason = (
+        "it used too much memory" if kind == "OutOfMemoryError" else "killed, out of memory, or its machine is gone"
+    )
+    return (
+        f"{task} lost its worker {times} times ({kind}: {reason}). Look at its input, or give workers more memory or "
+        "fewer CPUs (ray.num_cpus), and run again: what is finished stays finished"
+    )

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+import ray
 
-from brainlm.errors import ConfigError
+from brainlm.errors import BrainLMError, ConfigError, StoreError
 from brainlm.ray_session import fan_out, ray_session
 
 
@@ -24,20 +29,21 @@ class FakeRay:
         self.results: dict[int, Any] = {}
         self.cancelled: list[int] = []
         self.options: dict[str, Any] = {}
+        self.exceptions = ray.exceptions
 
     def remote(self, **options: Any) -> Callable[[Callable], Any]:
         self.options = options
 
         def wrap(function: Callable) -> Any:
-            ray = self
+            fake = self
 
             class Remote:
                 @staticmethod
                 def remote(*args: Any) -> int:
-                    ray.started += 1
-                    ray.in_flight[ray.started] = lambda: function(*args)
-                    ray.most_in_flight = max(ray.most_in_flight, len(ray.in_flight))
-                    return ray.started
+                    fake.started += 1
+                    fake.in_flight[fake.started] = lambda: function(*args)
+                    fake.most_in_flight = max(fake.most_in_flight, len(fake.in_flight))
+                    return fake.started
 
             return Remote
 
@@ -59,13 +65,12 @@ class FakeRay:
 
 @pytest.mark.parametrize("max_in_flight", [1, 3, 50])
 def test_no_more_tasks_are_in_flight_than_allowed(max_in_flight: int) -> None:
-    ray = FakeRay()
+    fake = FakeRay()
     tasks = [(i, 10) for i in range(12)]
-    found = dict(fan_out(ray, lambda a, b: a * b, tasks, max_in_flight=max_in_flight, max_retries=5))
+    found = dict(fan_out(fake, lambda a, b: a * b, tasks, max_in_flight=max_in_flight))
     assert found == {i: 10 * i for i in range(12)}
-    assert ray.most_in_flight == min(max_in_flight, 12)
-    assert ray.options == {"num_cpus": 1, "max_retries": 5}
-    assert ray.cancelled == []
+    assert fake.most_in_flight == min(max_in_flight, 12)
+    assert fake.cancelled == []
 
 
 def test_nothing_to_do_gives_nothing() -> None:
@@ -73,23 +78,23 @@ def test_nothing_to_do_gives_nothing() -> None:
 
 
 def test_an_error_is_raised_and_the_rest_is_cancelled() -> None:
-    ray = FakeRay()
+    fake = FakeRay()
 
     def fail(number: int) -> int:
         raise ValueError(f"task {number}")
 
     with pytest.raises(ValueError, match="task 2"):
-        list(fan_out(ray, fail, [(i,) for i in range(9)], max_in_flight=3))
-    assert ray.cancelled == [1, 2]
-    assert ray.started == 3
+        list(fan_out(fake, fail, [(i,) for i in range(9)], max_in_flight=3))
+    assert fake.cancelled == [1, 2]
+    assert fake.started == 3
 
 
 def test_a_consumer_that_stops_cancels_the_rest() -> None:
-    ray = FakeRay()
-    results = fan_out(ray, abs, [(i,) for i in range(9)], max_in_flight=3)
+    fake = FakeRay()
+    results = fan_out(fake, abs, [(i,) for i in range(9)], max_in_flight=3)
     next(results)
     results.close()  # type: ignore[attr-defined]
-    assert ray.cancelled == [1, 2]
+    assert fake.cancelled == [1, 2]
 
 
 def test_a_missing_ray_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,23 +105,70 @@ def test_a_missing_ray_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture(scope="module")
 def session() -> Iterator[Any]:
-    with ray_session("local", num_cpus=2) as ray:
-        yield ray
+    with ray_session("local", num_cpus=2) as started:
+        yield started
 
 
-def test_a_lost_worker_is_replaced(session: Any, tmp_path: Path) -> None:
-    died = str(tmp_path / "died")
+def test_a_killed_worker_is_replaced_and_what_is_finished_stays_so(session: Any, tmp_path: Path) -> None:
+    folder = str(tmp_path)
 
-    def die_once(number: int) -> tuple[int, int]:
-        if number == 1 and not os.path.exists(died):
-            open(died, "w").close()
-            os._exit(1)
+    def work(number: int) -> tuple[int, int]:
+        with open(f"{folder}/started-{number}", "a+") as file:
+            print(os.getpid(), file=file)
+            file.seek(0)
+            starts = len(file.readlines())
+        if number == 1 and starts < 3:
+            os.kill(os.getpid(), signal.SIGKILL)
         return number, os.getpid()
 
-    found = dict(fan_out(session, die_once, [(i,) for i in range(4)], max_in_flight=2))
-    assert {position: number for position, (number, _) in found.items()} == {i: i for i in range(4)}
-    assert os.path.exists(died)
+    found = dict(fan_out(session, work, [(i,) for i in range(6)], max_in_flight=2))
+    assert {position: number for position, (number, _) in found.items()} == {i: i for i in range(6)}
+    starts = {number: len((tmp_path / f"started-{number}").read_text().split()) for number in range(6)}
+    assert starts == {0: 1, 1: 3, 2: 1, 3: 1, 4: 1, 5: 1}
     assert os.getpid() not in {pid for _, pid in found.values()}
+
+
+def test_a_task_that_always_loses_its_worker_is_named(session: Any, tmp_path: Path) -> None:
+    log = str(tmp_path / "log")
+
+    def die(name: str, number: int) -> None:
+        with open(log, "a") as file:
+            print(name, file=file)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(BrainLMError, match=r"^task 1 of 1, die\('sub-07', 3\) lost its worker 2 times") as caught:
+        list(fan_out(session, die, [("sub-07", 3)], max_in_flight=1, max_retries=1))
+    assert "what is finished stays finished" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+    assert (tmp_path / "log").read_text().split() == ["sub-07"] * 2
+
+
+def test_a_task_that_always_loses_its_worker_can_have_a_result_of_its_own(session: Any) -> None:
+    def die_on(number: int) -> int:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    told: list[str] = []
+
+    def when_lost(position: int, why: str) -> int:
+        told.append(why)
+        return -position
+
+    found = dict(fan_out(session, die_on, [(0,), (1,), (2,)], max_in_flight=2, max_retries=1, when_lost=when_lost))
+    assert found == {0: 0, 1: -1, 2: 2}
+    assert len(told) == 1
+    assert "die_on(1) lost its worker 2 times" in told[0]
+
+
+def test_the_message_of_an_error_is_that_of_the_task(session: Any) -> None:
+    def fail() -> None:
+        raise StoreError("cannot write s3://cohort/a: the disk is full")
+
+    with pytest.raises(StoreError) as caught:
+        list(fan_out(session, fail, [()], max_in_flight=1))
+    assert type(caught.value) is StoreError
+    assert str(caught.value) == "cannot write s3://cohort/a: the disk is full"
 
 
 def test_an_error_of_a_task_keeps_its_type(session: Any) -> None:
@@ -131,3 +183,104 @@ def test_a_session_inside_a_session_is_the_same_one(session: Any) -> None:
     with ray_session("local", num_cpus=1) as inner:
         assert inner.available_resources().get("CPU", 0) <= inner.cluster_resources()["CPU"] == 2
     assert session.is_initialized()
+
+
+TOO_LARGE = """
+import time
+from brainlm.errors import BrainLMError
+from brainlm.ray_session import fan_out, ray_session
+
+def work(name):
+    data = bytearray(300_000_000)
+    time.sleep(60)
+
+if __name__ == "__main__":
+    with ray_session("local", num_cpus=1) as ray:
+        try:
+            list(fan_out(ray, work, [("sub-07",)], max_in_flight=1, max_retries=1))
+        except BrainLMError as error:
+            print(error)
+"""
+
+
+@pytest.mark.slow
+def test_a_task_that_is_killed_for_its_memory_is_not_tried_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(TOO_LARGE)
+    variables = {
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "RAY_memory_usage_threshold": "0.01",  # any worker is too large
+        "RAY_memory_monitor_refresh_ms": "100",
+    }
+    done = subprocess.run(
+        [sys.executable, str(tmp_path / "program.py")],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.startswith("task 1 of 1, work('sub-07') lost its worker 2 times (OutOfMemoryError"), done.stderr
+
+
+PROGRAM = """
+import os, sys, time
+from brainlm.ray_session import fan_out, ray_session
+
+def work(folder, number):
+    open(f"{folder}/{number}", "w").close()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    with ray_session("local", num_cpus=2) as ray:
+        list(fan_out(ray, work, [(sys.argv[1], i) for i in range(4)], max_in_flight=4))
+"""
+AGENTS = {"ray::DashboardAgent", "ray::RuntimeEnvAgent"}  # Ray ends these a minute after the rest
+
+
+@pytest.fixture
+def driver(tmp_path: Path) -> Iterator[tuple[subprocess.Popen, list[psutil.Process]]]:
+    """A program in the middle of its fan-out, and all processes that it has started."""
+    (tmp_path / "program.py").write_text(PROGRAM)
+    (tmp_path / "started").mkdir()
+    root = str(Path(__file__).parents[2])
+    command = [sys.executable, str(tmp_path / "program.py"), str(tmp_path / "started")]
+    # In a session of its own, as a shell starts a job: a signal to its group is what Ctrl-C sends.
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": root}, stderr=subprocess.DEVNULL, start_new_session=True
+    ) as process:
+        deadline = time.monotonic() + 90
+        while len(list((tmp_path / "started").iterdir())) < 2:
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = psutil.Process(process.pid).children(recursive=True)
+        assert {"raylet", "gcs_server", "ray::work"} <= {child.name() for child in children}
+        yield process, children
+        for child in [process, *children]:
+            if child.poll() is None if isinstance(child, subprocess.Popen) else child.is_running():
+                child.kill()
+
+
+def test_ctrl_c_ends_everything_promptly(driver: tuple[subprocess.Popen, list[psutil.Process]]) -> None:
+    process, children = driver
+    begin = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT)
+    process.wait(timeout=30)
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert left == []
+    assert time.monotonic() - begin < 20
+
+
+def test_a_killed_driver_leaves_no_worker_behind(driver: tuple[subprocess.Popen, list[psutil.Process]]) -> None:
+    process, children = driver
+    process.kill()
+    working = [child for child in children if child.name() not in AGENTS]
+    _, left = psutil.wait_procs(working, timeout=30)
+    assert left == []
+
+
+@pytest.mark.slow
+def test_a_killed_driver_leaves_nothing_behind(driver: tuple[subprocess.Popen, list[psutil.Process]]) -> None:
+    process, children = driver
+    process.kill()
+    _, left = psutil.wait_procs(children, timeout=180)
+    assert left == []
