@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,15 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from brainlm.censoring import refill_censored
 from brainlm.config import Section
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.masking import MaskKind, make_mask, mask_generator
 from brainlm.model import sample_hidden
 from brainlm.ordering import rank_part, window_order
-from brainlm.scaling import scale
 from brainlm.shards import SplitReader
 
+CLOSE_WITHIN_S = 1.0  # then a read that hangs is left behind, in a thread that does not keep the process alive
 _RATIO, _TOKENS, _DECODED = 1, 2, 3  # separate random streams
 
 
@@ -51,19 +53,33 @@ class WindowBatch:
     """One micro-batch of one rank.
 
     ``windows (B, P, W)`` float32 in contract units; ``mask (B, L)`` True = hidden; ``present (B, P)``;
-    ``ids_decoded (B, Q)`` or None = all hidden tokens.
+    ``ids_decoded (B, Q)`` or None = all hidden tokens; ``kept (B, W)`` False = censored timepoint. Visible values at
+    censored timepoints are interpolated between visible kept ones; hidden ones are as stored, and are not to be scored.
     """
 
     windows: Tensor
     mask: Tensor
     present: Tensor
     ids_decoded: Tensor | None
+    kept: Tensor
+
+    @property
+    def num_scored_values(self) -> int:
+        """Hidden values of present parcels at kept timepoints that the loss is over."""
+        num_parcels = self.present.shape[1]
+        num_patches = self.mask.shape[1] // num_parcels
+        scored = self.mask & self.present.repeat_interleave(num_patches, dim=1)
+        num_kept = self.kept.unflatten(1, (num_patches, -1)).sum(dim=2)
+        counts = scored * num_kept.repeat(1, num_parcels)  # (B, L), tokens are parcel-major
+        if self.ids_decoded is not None:
+            counts = counts.gather(1, self.ids_decoded)
+        return int(counts.sum())
 
     def to(self, device: torch.device) -> WindowBatch:
         if device.type == "cpu":
             return self
-        move = [None if t is None else t.to(device) for t in (self.windows, self.mask, self.present, self.ids_decoded)]
-        return WindowBatch(*move)  # type: ignore[arg-type]
+        tensors = (self.windows, self.mask, self.present, self.ids_decoded, self.kept)
+        return WindowBatch(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 class WindowLoader:
@@ -112,6 +128,14 @@ class WindowLoader:
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(lengths) * windows_per_recording // batch_size
         self.data_wait_s = 0.0
+        if len(reader) and reader.entries[0].num_parcels != contract.atlas.num_parcels:
+            raise DataError(
+                f"recordings of {reader.entries[0].num_parcels} parcels, the contract has {contract.atlas.num_parcels}"
+            )
+        self._usable = contract.usable
+        iqr = np.where(self._usable, contract.iqr, 1.0).astype(np.float32)
+        self._median, self._iqr = torch.from_numpy(contract.median.copy()), torch.from_numpy(iqr)
+        self._mean_z = np.where(self._usable, -contract.median / iqr, np.float32(0.0))
         self._order = lru_cache(maxsize=2)(
             lambda epoch: window_order(lengths, contract.window_len, windows_per_recording, seed, epoch)
         )
@@ -136,28 +160,47 @@ class WindowLoader:
         ]
 
     def _batch(self, step: int, first: int, rows: np.ndarray, ratio: float) -> WindowBatch:
-        contract, num_parcels = self.contract, self.contract.atlas.num_parcels
+        contract, num_parcels, reader = self.contract, self.contract.atlas.num_parcels, self.reader
         num_patches = contract.window_len // contract.patch_len
-        windows = np.empty((len(rows), num_parcels, contract.window_len), dtype=np.float32)
-        masks, presents, decoded = [], [], []
-        for i, (recording, start) in enumerate(rows):
-            windows[i] = scale(self.reader.window(int(recording), int(start), contract.window_len), contract).T
-            present = torch.from_numpy(self.reader.present(int(recording)) & contract.usable)
+        windows = self.windows(rows)
+        masks, presents, decoded, kepts = [], [], [], []
+        for i, (recording, start) in enumerate(rows.tolist()):
+            present = torch.from_numpy(reader.present(recording) & self._usable)
             position = first + i  # in the global batch: the same for any number of ranks
             generator = mask_generator(self.seed, _TOKENS, step, position)
             mask = make_mask(self.masks.kind, num_parcels, num_patches, ratio, generator, present)
+            kept = reader.kept(recording, start, contract.window_len)
+            if not kept.all():
+                visible = ~mask.view(num_parcels, num_patches).numpy()
+                refill_censored(windows[i].numpy(), visible, kept, self._mean_z)
             masks.append(mask)
             presents.append(present)
+            kepts.append(torch.from_numpy(kept))
             if self.masks.num_decoded is not None:
                 scored = mask & present.repeat_interleave(num_patches)
                 generator = mask_generator(self.seed, _DECODED, step, position)
                 decoded.append(sample_hidden(scored, min(self.masks.num_decoded, len(mask)), generator))
         return WindowBatch(
-            windows=torch.from_numpy(windows),
+            windows=windows,
             mask=torch.stack(masks),
             present=torch.stack(presents),
             ids_decoded=torch.stack(decoded) if decoded else None,
+            kept=torch.stack(kepts),
         )
+
+    def windows(self, rows: np.ndarray) -> Tensor:
+        """Return windows (B, P, W) in contract units; `rows (B, 2)` are recording and first timepoint.
+
+        The arithmetic of `brainlm.scaling.scale`, operation by operation (a test holds them equal bit by bit), by torch
+        because its conversion from float16 is many times faster than numpy's, and turned before it is widened.
+        """
+        raw, scales = self.reader.gather(rows, self.contract.window_len)
+        x = torch.from_numpy(raw).transpose(1, 2).contiguous().float()
+        x.mul_(torch.from_numpy(scales)[:, None, None])
+        x.sub_(self._median[:, None]).div_(self._iqr[:, None])
+        if not self._usable.all():
+            x[:, ~self._usable] = 0.0
+        return x
 
     def iterate(self, first_step: int, last_step: int, prefetch: int = 2) -> Iterator[list[WindowBatch]]:
         """Yield this rank's batches of steps `first_step` to `last_step` - 1, read ahead by a thread.
@@ -170,15 +213,9 @@ class WindowLoader:
         def read() -> None:
             try:
                 for step in range(first_step, last_step):
-                    item = self.batches_at(step)
-                    while not stopped.is_set():
-                        try:
-                            ahead.put(item, timeout=0.2)
-                            break
-                        except queue.Full:
-                            continue
                     if stopped.is_set():
                         return
+                    ahead.put(self.batches_at(step))
             except BaseException as error:  # handed to the consumer, which raises it
                 ahead.put(error)
 
@@ -194,4 +231,8 @@ class WindowLoader:
                 yield item
         finally:
             stopped.set()
-            thread.join(timeout=5)
+            deadline = time.monotonic() + CLOSE_WITHIN_S
+            while thread.is_alive() and time.monotonic() < deadline:  # a full queue must not hold it
+                with suppress(queue.Empty):
+                    ahead.get_nowait()
+                thread.join(timeout=0.01)

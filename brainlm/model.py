@@ -264,9 +264,14 @@ class BrainLM(nn.Module):
         return self.decoder_pred(self.decoder_norm(x)).float()
 
     def forward(
-        self, windows_BPW: Tensor, mask_BL: Tensor, present_BP: Tensor | None = None, ids_decoded: Tensor | None = None
+        self,
+        windows_BPW: Tensor,
+        mask_BL: Tensor,
+        present_BP: Tensor | None = None,
+        ids_decoded: Tensor | None = None,
+        kept_BW: Tensor | None = None,
     ) -> Loss:
-        """Compute the loss: squared error over hidden values of present parcels.
+        """Compute the loss: squared error over hidden values of present parcels at kept timepoints.
 
         Parameters
         ----------
@@ -278,6 +283,8 @@ class BrainLM(nn.Module):
             False = parcel without signal: neither seen nor scored.
         ids_decoded : Tensor, shape (B, Q), int64, optional
             Hidden tokens to decode and score (see `sample_hidden`); None = all.
+        kept_BW : Tensor, shape (B, W), bool, optional
+            False = censored timepoint: hidden values there are not scored; None = all kept.
         """
         present_BL = self.present_tokens(present_BP, len(windows_BPW))
         scored_BL = mask_BL & present_BL
@@ -287,11 +294,14 @@ class BrainLM(nn.Module):
             ids_decoded = ids_decoded[:, : int(scored_BL.sum(dim=1).max())]
         prediction = self.decode(encoded, ids_decoded, present_BL)
         target = gather_tokens(self.patchify(windows_BPW), ids_decoded).float()
-        scored_BQ = scored_BL.gather(1, ids_decoded)
-        unscored_BQ1 = ~scored_BQ[:, :, None]  # filled, not multiplied by 0: values of missing parcels may be NaN
-        error = (prediction - target).masked_fill(unscored_BQ1, 0.0).square().sum(dim=2)
-        target_sum = target.masked_fill(unscored_BQ1, 0.0).square().sum(dim=2).sum()
-        return Loss(error.sum(), target_sum, scored_BQ.sum() * self.config.patch_len)
+        scored_BQp = scored_BL.gather(1, ids_decoded)[:, :, None]  # (B, Q, 1), or by timepoint where some are censored
+        if kept_BW is not None:
+            kept_BKp = kept_BW.unflatten(1, (self.config.num_patches, self.config.patch_len))
+            scored_BQp = scored_BQp & gather_tokens(kept_BKp, ids_decoded % self.config.num_patches)
+        unscored_BQp = ~scored_BQp  # filled, not multiplied by 0: values of missing parcels may be NaN
+        error = (prediction - target).masked_fill(unscored_BQp, 0.0).square().sum(dim=2)
+        target_sum = target.masked_fill(unscored_BQp, 0.0).square().sum(dim=2).sum()
+        return Loss(error.sum(), target_sum, scored_BQp.expand_as(target).sum())
 
     # ------------------------------------------------------------------ reading a trained model
 

@@ -9,7 +9,7 @@
 
 Anyone can stream the tars. Our reader maps a shard and reads one contiguous slice of rows per window. float16 arrays
 hold the series divided by one number per recording, so that rounding is at most 2**-11 of each value (2**-35 of
-the largest value near zero).
+the largest value near zero). What an index may say is in `brainlm.shard_index`.
 """
 
 from __future__ import annotations
@@ -17,47 +17,54 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import mmap
+import os
 import tarfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainlm.censoring import kept_timepoints
 from brainlm.errors import DataError
+from brainlm.shard_index import (
+    FORMAT_VERSION,
+    HEAD,
+    LONGEST_ID,
+    NPY_HEADER,
+    ShardEntry,
+    StoredDtype,
+    check_entry,
+    check_member,
+    check_shard,
+    entry_of,
+    read_index,
+)
 from brainlm.store import Store
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FOLDER",
+    "ShardEntry",
+    "SplitReader",
+    "StoredDtype",
+    "encode_shard",
+    "entry_of",
+    "shard_name",
+    "write_shard",
+]
+
 FOLDER = "shards"
 LARGEST_FLOAT16 = 1024.0  # the largest stored magnitude: far from overflow at 65504, far above the subnormals
-StoredDtype = Literal["float16", "float32"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
-    """Where one recording lies in its shard, and what is needed to use it.
-
-    ``offset`` is the first byte of the array in the tar; ``missing_parcels`` are column numbers that carry no signal.
-    """
-
-    recording_id: str
-    subject: str
-    tr_s: float
-    num_timepoints: int
-    num_parcels: int
-    dtype: StoredDtype
-    scale: float
-    offset: int
-    missing_parcels: tuple[int, ...] = ()
-    session: str = ""
-    task: str = ""
-    run: str = ""
-    site: str = ""
+MAX_MAPS = 128  # shards mapped by one reader: each map holds a file descriptor, of which a process often has 1024
 
 
 def encode_shard(
-    recordings: Sequence[tuple[ShardEntry, NDArray[np.float32]]], dtype: StoredDtype
+    recordings: Iterable[tuple[ShardEntry, NDArray[np.float32]]], dtype: StoredDtype
 ) -> tuple[bytes, list[ShardEntry]]:
     """Return the bytes of a tar, and the entries with offset, dtype and scale filled in.
 
@@ -65,8 +72,9 @@ def encode_shard(
 
     Parameters
     ----------
-    recordings : sequence of (ShardEntry, ndarray of shape (T, P))
-        Series centred per parcel. Columns of missing parcels are written as 0.
+    recordings : iterable of (ShardEntry, ndarray of shape (T, P))
+        Taken one after another. Series centred per parcel. Columns of missing parcels are written as 0. Values at
+        censored timepoints must be filled in.
     """
     buffer = io.BytesIO()
     entries: list[ShardEntry] = []
@@ -85,16 +93,11 @@ def encode_shard(
             npy = io.BytesIO()
             np.lib.format.write_array(npy, stored, version=(1, 0), allow_pickle=False)
             start = _add_member(tar, f"{entry.recording_id}.npy", npy.getvalue())
-            final = ShardEntry(
-                **{
-                    **asdict(entry),
-                    "dtype": dtype,
-                    "scale": scale,
-                    "offset": start + len(npy.getvalue()) - stored.nbytes,
-                    "missing_parcels": tuple(entry.missing_parcels),
-                }
-            )
-            _add_member(tar, f"{entry.recording_id}.json", (json.dumps(_entry_json(final)) + "\n").encode())
+            assert len(npy.getvalue()) == NPY_HEADER + stored.nbytes
+            lists = {"missing_parcels": tuple(entry.missing_parcels), "censored": tuple(map(tuple, entry.censored))}
+            final = replace(entry, dtype=dtype, scale=scale, offset=start + NPY_HEADER, **lists)  # type: ignore[arg-type]
+            check_entry(final, "written to a shard")
+            _add_member(tar, f"{entry.recording_id}.json", (json.dumps(final.to_json()) + "\n").encode())
             entries.append(final)
     return buffer.getvalue(), entries
 
@@ -104,15 +107,9 @@ def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
     member.size = len(data)
     start = int(tar.offset) + tarfile.BLOCKSIZE
     if len(name) > 100:
-        raise DataError(f"{name}: recording ids can have at most 95 characters")
+        raise DataError(f"{name}: recording ids can have at most {LONGEST_ID} characters")
     tar.addfile(member, io.BytesIO(data))
     return start
-
-
-def _entry_json(entry: ShardEntry) -> dict[str, Any]:
-    tree = asdict(entry)
-    tree["missing_parcels"] = list(entry.missing_parcels)
-    return tree
 
 
 def shard_name(split: str, number: int) -> str:
@@ -127,7 +124,7 @@ def write_shard(store: Store, name: str, tar: bytes, entries: Sequence[ShardEntr
         "shard": f"{name}.tar",
         "num_bytes": len(tar),
         "sha256": hashlib.sha256(tar).hexdigest(),
-        "recordings": [_entry_json(entry) for entry in entries],
+        "recordings": [entry.to_json() for entry in entries],
     }
     store.write_json(f"{FOLDER}/{name}.index.json", index)
     return {
@@ -141,6 +138,10 @@ def write_shard(store: Store, name: str, tar: bytes, entries: Sequence[ShardEntr
 class SplitReader:
     """Recordings of one split, read at random from mapped shards.
 
+    The first `MAX_MAPS` shards that are asked for are mapped; of the others a window is read by opening the file and
+    closing it again, at about a third of the speed. A recording's headers in the tar are compared with its entry when
+    it is first read.
+
     Parameters
     ----------
     store : Store
@@ -152,55 +153,98 @@ class SplitReader:
     ----------
     entries : list of ShardEntry
         In the order of shards and members.
+
+    Raises
+    ------
+    DataError
+        If an index contradicts the manifest or itself, or recordings of one split differ in parcels or type; on
+        reading, if the bytes are not what the index says.
     """
 
     def __init__(self, store: Store, shards: Sequence[dict[str, Any]]) -> None:
         self.store = store
         self.entries: list[ShardEntry] = []
         self._shards = list(shards)
-        self._shard_of: list[int] = []
-        self._maps: dict[int, NDArray[np.uint8]] = {}
+        shard_of: list[int] = []
+        self._files: dict[int, _ShardFile] = {}
         for number, shard in enumerate(self._shards):
+            check_shard(shard, f"{store.url}, manifest")
             name = f"{FOLDER}/{shard['name']}.index.json"
-            index = store.read_json(name)
-            if index.get("format_version") != FORMAT_VERSION or index.get("sha256") != shard["sha256"]:
-                raise DataError(
-                    f"{store.url_of(name)} does not belong to this data set's manifest (format or sha256 differ): "
-                    "prepare the data set again"
-                )
-            for row in index["recordings"]:
-                entry = ShardEntry(**{**row, "missing_parcels": tuple(row["missing_parcels"])})
-                nbytes = entry.num_timepoints * entry.num_parcels * np.dtype(entry.dtype).itemsize
-                if not 0 <= entry.offset <= shard["num_bytes"] - nbytes:
-                    raise DataError(f"{store.url_of(name)}: {entry.recording_id} lies outside its shard")
-                self.entries.append(entry)
-                self._shard_of.append(number)
+            found = read_index(store.read_json(name), shard, store.url_of(name))
+            self.entries += found
+            shard_of += [number] * len(found)
+        self._shard_of = np.array(shard_of, dtype=np.int64)
+        self._lengths = np.array([entry.num_timepoints for entry in self.entries], dtype=np.int64)
+        self._scales = np.array([entry.scale for entry in self.entries], dtype=np.float32)
+        ids = {entry.recording_id for entry in self.entries}
+        kinds = {(entry.num_parcels, entry.dtype) for entry in self.entries}
+        if len(ids) < len(self.entries) or len(kinds) > 1:
+            what = "a recording id is there twice" if len(ids) < len(self.entries) else f"parcels and types {kinds}"
+            raise DataError(f"{store.url}, shards of one split do not go together ({what}): prepare the data set again")
 
     def __len__(self) -> int:
         return len(self.entries)
 
-    def _array(self, index: int) -> NDArray[Any]:
-        number, entry = self._shard_of[index], self.entries[index]
-        if number not in self._maps:
+    def __getstate__(self) -> dict[str, Any]:  # workers map for themselves
+        return {**self.__dict__, "_files": {}}
+
+    def _file(self, number: int) -> _ShardFile:
+        if number not in self._files:
             shard = self._shards[number]
-            path = self.store.local_file(f"{FOLDER}/{shard['name']}.tar", shard["sha256"])
-            mapped: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
-            if mapped.size != shard["num_bytes"]:
-                raise DataError(f"{path}: {mapped.size} bytes, the manifest says {shard['num_bytes']}: prepare again")
-            self._maps[number] = mapped
-        dtype = np.dtype(entry.dtype).newbyteorder("<")
-        count = entry.num_timepoints * entry.num_parcels
-        flat = np.ndarray(count, dtype, buffer=self._maps[number], offset=entry.offset)
-        return flat.reshape(entry.num_timepoints, entry.num_parcels)
+            find = partial(self.store.local_file, f"{FOLDER}/{shard['name']}.tar", shard["sha256"])
+            self._files[number] = _ShardFile(find, shard["num_bytes"], len(self._files) < MAX_MAPS)
+        return self._files[number]
+
+    def _out_of_range(self, index: int, start: int, window_len: int) -> DataError:
+        if not 0 <= index < len(self):
+            return DataError(f"recording {index} asked for, this split has {len(self)}")
+        entry = self.entries[index]
+        stop = start + window_len
+        return DataError(f"{entry.recording_id}: timepoints {start} to {stop} of {entry.num_timepoints} asked for")
+
+    def gather(
+        self, rows: NDArray[np.int64], window_len: int, out: NDArray[Any] | None = None
+    ) -> tuple[NDArray[Any], NDArray[np.float32]]:
+        """Copy windows as they are stored, each once, into one array.
+
+        Parameters
+        ----------
+        rows : ndarray, shape (B, 2), int64
+            Recording index and first timepoint of each window.
+        window_len : int
+        out : ndarray, shape (B, W, P), stored dtype, optional
+            Written to and returned; made where not given.
+
+        Returns
+        -------
+        raw : ndarray, shape (B, W, P), float16 or float32
+        scale : ndarray, shape (B,), float32
+            The series is ``raw * scale``, in float32: centred per parcel, not scaled by the contract.
+        """
+        rows = np.asarray(rows, dtype=np.int64).reshape(-1, 2)
+        recordings, starts = rows.T
+        if not self.entries:
+            raise DataError(f"{self.store.url}: this split has no recordings")
+        lengths = self._lengths[np.clip(recordings, 0, len(self) - 1)]
+        wrong = (recordings < 0) | (recordings >= len(self)) | (starts < 0) | (starts + window_len > lengths)
+        if wrong.any():
+            recording, start = rows[int(np.argmax(wrong))].tolist()
+            raise self._out_of_range(recording, start, window_len)
+        num_parcels, dtype = self.entries[0].num_parcels, self.entries[0].stored_dtype
+        shape = (len(rows), window_len, num_parcels)
+        if out is None:
+            out = np.empty(shape, dtype)
+        elif out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous:
+            raise DataError(f"gather: expected {shape}, {dtype}, in C order, found {out.shape}, {out.dtype}")
+        shards = self._shard_of[recordings].tolist()
+        for i, (recording, start) in enumerate(rows.tolist()):
+            self._file(shards[i]).read(self.entries[recording], start, out[i])
+        return out, self._scales[recordings]
 
     def window(self, index: int, start: int, window_len: int) -> NDArray[np.float32]:
         """Return rows of one recording: shape (window_len, P), float32, centred per parcel, not scaled."""
-        entry = self.entries[index]
-        if start < 0 or start + window_len > entry.num_timepoints:
-            raise DataError(
-                f"{entry.recording_id}: timepoints {start} to {start + window_len} of {entry.num_timepoints} asked for"
-            )
-        return self._array(index)[start : start + window_len].astype(np.float32) * np.float32(entry.scale)
+        raw, scale = self.gather(np.array([[index, start]]), window_len)
+        return raw[0].astype(np.float32) * scale[0]
 
     def recording(self, index: int) -> NDArray[np.float32]:
         """Return a whole recording: shape (T, P), float32, centred per parcel, not scaled."""
@@ -212,3 +256,76 @@ class SplitReader:
         here = np.ones(entry.num_parcels, dtype=bool)
         here[list(entry.missing_parcels)] = False
         return here
+
+    def kept(self, index: int, start: int, window_len: int) -> NDArray[np.bool_]:
+        """Return shape (window_len,): False at censored timepoints, whose values are interpolated."""
+        entry = self.entries[index]
+        if start < 0 or start + window_len > entry.num_timepoints:
+            raise self._out_of_range(index, start, window_len)
+        return kept_timepoints(entry.censored, entry.num_timepoints)[start : start + window_len]
+
+
+class _ShardFile:
+    """One shard on local disk, mapped or opened for each read, and which of its recordings were checked."""
+
+    def __init__(self, find: Callable[[], Path], num_bytes: int, is_mapped: bool) -> None:
+        self._find, self._num_bytes, self.is_mapped = find, num_bytes, is_mapped
+        self._path: Path | None = None
+        self._identity: tuple[int, ...] = ()
+        self._bytes: mmap.mmap | None = None
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._checked: set[str] = set()
+
+    def read(self, entry: ShardEntry, start: int, out: NDArray[Any]) -> None:
+        """Copy rows of a recording from `start` on into `out (W, P)`, stored dtype, C order."""
+        if not self.is_mapped:
+            self._read_from_disk(entry, start, out)
+            return
+        array = self._arrays.get(entry.recording_id)
+        if array is None:
+            array = self._arrays[entry.recording_id] = self._view(entry)
+        out[...] = array[start : start + len(out)]
+
+    def _view(self, entry: ShardEntry) -> NDArray[Any]:
+        if self._bytes is None:
+            with self._opened() as fd:
+                self._bytes = mmap.mmap(fd, self._num_bytes, access=mmap.ACCESS_READ)  # keeps a descriptor of its own
+        check_member(self._bytes[entry.offset - HEAD : entry.offset], entry, str(self._path))
+        shape = (entry.num_timepoints, entry.num_parcels)
+        return np.ndarray(shape, entry.stored_dtype, buffer=self._bytes, offset=entry.offset)
+
+    def _read_from_disk(self, entry: ShardEntry, start: int, out: NDArray[Any]) -> None:
+        with self._opened() as fd:
+            if entry.recording_id not in self._checked:
+                check_member(os.pread(fd, HEAD, entry.offset - HEAD), entry, str(self._path))
+                self._checked.add(entry.recording_id)
+            left = out.data.cast("B")
+            offset = entry.offset + start * entry.num_parcels * out.itemsize
+            while left:
+                count = os.preadv(fd, [left], offset)
+                if count == 0:
+                    raise DataError(f"{self._path} was cut short while it was read: prepare again")
+                left, offset = left[count:], offset + count
+
+    @contextmanager
+    def _opened(self) -> Iterator[int]:
+        """Open the file that was first found; one that left the cache since is fetched again."""
+        try:
+            if self._path is None:
+                raise FileNotFoundError
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            self._path = self._find()
+            fd = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            found = os.fstat(fd)
+            if found.st_size != self._num_bytes:
+                raise DataError(
+                    f"{self._path}: {found.st_size} bytes, the manifest says {self._num_bytes}: prepare again"
+                )
+            if self._identity != (found.st_dev, found.st_ino):  # another file under the same name
+                self._identity = (found.st_dev, found.st_ino)
+                self._checked.clear()
+            yield fd
+        finally:
+            os.close(fd)

@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from brainlm import input_contract
 from brainlm.atlas import Atlas
+from brainlm.censoring import Ranges, kept_timepoints, refill_censored
 from brainlm.dataset import FORMAT_VERSION, MANIFEST, Dataset, open_dataset
 from brainlm.input_contract import InputContract
 from brainlm.scaling import centre, robust_statistics
@@ -76,8 +78,11 @@ def write_synthetic_dataset(
     num_parcels: int = 24,
     num_networks: int = 3,
     missing: Mapping[str, tuple[int, ...]] | None = None,
+    censored: Mapping[str, Ranges] | None = None,
+    censored_fill: float | None = None,
     gain_sd: float = 0.3,
     dtype: StoredDtype = "float32",
+    recordings_per_shard: int = 64,
     with_truth: bool = False,
     seed: int = 0,
     phi: float = 0.9,
@@ -93,6 +98,11 @@ def write_synthetic_dataset(
         Subjects per split, one recording each, named ``sub-<split><number>_task-rest``.
     missing : mapping, optional
         Columns without signal, by recording id.
+    censored : mapping, optional
+        Ranges [start, stop) of timepoints that are not kept, by recording id. Series are centred on the others, which
+        alone enter the statistics, and interpolated between them.
+    censored_fill : float, optional
+        Store this instead of interpolated values: nothing may depend on it.
     gain_sd : float
         Standard deviation of the logarithm of each subject's gain: recordings are not equally loud.
     with_truth : bool
@@ -102,7 +112,8 @@ def write_synthetic_dataset(
     atlas = atlas or synthetic_atlas(num_parcels, num_networks, seed)
     system = synthetic_system(atlas, seed, phi, noise)
     rng = np.random.default_rng([seed, 2])
-    missing = missing or {}
+    missing, censored = missing or {}, censored or {}
+    measured: list[NDArray[np.float32]] = []
     series: dict[str, list[tuple[ShardEntry, Any]]] = {}
     gains: dict[str, float] = {}
     for split, count in num_subjects.items():
@@ -111,7 +122,14 @@ def write_synthetic_dataset(
             subject = f"sub-{split}{number:03d}"
             recording_id = f"{subject}_task-rest"
             gains[recording_id] = float(np.exp(gain_sd * rng.standard_normal()))
-            bold = gains[recording_id] * system.simulate(num_timepoints, rng)
+            series_TP = gains[recording_id] * system.simulate(num_timepoints, rng)
+            keep_mask = kept_timepoints(censored.get(recording_id, ()), num_timepoints)
+            bold = centre(series_TP.astype(np.float32), keep_mask)
+            if split == "train":
+                measured.append(bold[keep_mask])
+            refill_censored(bold.T, np.ones((atlas.num_parcels, 1), dtype=bool), keep_mask)
+            if censored_fill is not None:
+                bold[~keep_mask] = censored_fill
             entry = ShardEntry(
                 recording_id=recording_id,
                 subject=subject,
@@ -122,11 +140,11 @@ def write_synthetic_dataset(
                 scale=1.0,
                 offset=0,
                 missing_parcels=missing.get(recording_id, ()),
+                censored=censored.get(recording_id, ()),
                 task="rest",
             )
-            series[split].append((entry, centre(bold.astype(np.float32))))
-    pooled = np.concatenate([bold for _, bold in series["train"]])
-    median, iqr = robust_statistics(pooled)
+            series[split].append((entry, bold))
+    median, iqr = robust_statistics(np.concatenate(measured))
     contract = InputContract(
         atlas=atlas,
         covered=np.ones(atlas.num_parcels, dtype=bool),
@@ -141,9 +159,9 @@ def write_synthetic_dataset(
     shards: dict[str, list[dict[str, Any]]] = {}
     for split, recordings in series.items():
         shards[split] = []
-        if recordings:
-            name = shard_name(split, 0)
-            shards[split].append(write_shard(store, name, *encode_shard(recordings, dtype)))
+        for number, first in enumerate(range(0, len(recordings), recordings_per_shard)):
+            part = encode_shard(recordings[first : first + recordings_per_shard], dtype)
+            shards[split].append(write_shard(store, shard_name(split, number), *part))
     if with_truth:
         _write_truth(store, system, atlas, gains, tr_s)
     store.write_bytes(input_contract.FILE_NAME, contract.dumps().encode())

@@ -1,4 +1,11 @@
-"""The recordings that are scored, as every task and every method sees them."""
+"""The recordings that are scored, as every task and every method sees them.
+
+Censored timepoints (``keep_mask`` False) hold interpolated values, which are no measurements. Windows are taken where
+they would be without censoring, so that all data sets are cut alike. Only kept values enter means, standard deviations,
+fits and scores; a window whose hidden values are all censored adds nothing, and a recording of such windows has no row
+in the tables. What a method is fed at a visible censored timepoint is interpolated anew between visible kept values
+(`brainlm.censoring.refill_censored`): the stored value may come from hidden ones.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +15,7 @@ import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,12 +45,29 @@ class Window:
 
     ``bold_PW`` is centred on the recording's own mean, ``sd_P`` is the standard deviation over the whole recording, and
     ``scored_P`` says which parcels are fed and scored; all three come from the recording, not from the window.
+    ``kept_W`` is False at censored timepoints, which are fed but not scored.
     """
 
     ref: WindowRef
     bold_PW: NDArray[np.float32]
     sd_P: FloatArray
     scored_P: BoolArray
+    kept_W: BoolArray
+
+
+class Series(NamedTuple):
+    """A recording: centred series (T, P), standard deviation over kept timepoints (P,), which parcels are scored (P,),
+    and which timepoints are kept (T,)."""
+
+    bold: NDArray[np.float32]
+    sd_P: FloatArray
+    scored_P: BoolArray
+    kept_T: BoolArray
+
+    @property
+    def measured(self) -> NDArray[np.float32]:
+        """Rows of ``bold`` that are kept."""
+        return self.bold if self.kept_T.all() else self.bold[self.kept_T]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -105,13 +130,20 @@ class Cohort:
     def entry(self, index: int, split: Split | None = None) -> ShardEntry:
         return self.reader(split or self.split).entries[index]
 
-    def series(self, index: int, split: Split | None = None) -> tuple[NDArray[np.float32], FloatArray, BoolArray]:
-        """Return a recording (T, P) centred, its standard deviation (P,), and which parcels are scored (P,)."""
+    def series(self, index: int, split: Split | None = None) -> Series:
+        """Return a recording of a split."""
         reader = self.reader(split or self.split)
         bold = reader.recording(index)
-        sd_P = bold.std(axis=0, dtype=np.float64)
+        kept_T = reader.kept(index, 0, len(bold))
+        if not kept_T.any():
+            raise DataError(f"{reader.entries[index].recording_id}: all timepoints are censored")
+        sd_P = (bold if kept_T.all() else bold[kept_T]).std(axis=0, dtype=np.float64)
         scored_P = reader.present(index) & self.usable_P & (sd_P > 0)
-        return bold, sd_P, scored_P
+        return Series(bold, sd_P, scored_P, kept_T)
+
+    def kept(self, ref: WindowRef) -> BoolArray:
+        """Return which timepoints of a window are kept, shape (W,)."""
+        return self.reader(ref.split).kept(ref.index, ref.start, self.window_len)
 
     def windows(
         self, max_windows: int, split: Split | None = None, max_recordings: int | None = None
@@ -119,12 +151,13 @@ class Cohort:
         """Yield the windows of a split, recording by recording, their starts evenly spread."""
         split = split or self.split
         for index in self.recordings(split)[:max_recordings]:
-            bold, sd_P, scored_P = self.series(index, split)
+            bold, sd_P, scored_P, kept_T = self.series(index, split)
             if scored_P.sum() < 2:
                 raise DataError(f"{self.entry(index, split).recording_id}: fewer than 2 parcels carry signal")
             for start in even_starts(len(bold), self.window_len, max_windows):
                 ref = WindowRef(split, index, self.entry(index, split).recording_id, start)
-                yield Window(ref, np.ascontiguousarray(bold[start : start + self.window_len].T), sd_P, scored_P)
+                rows = slice(start, start + self.window_len)
+                yield Window(ref, np.ascontiguousarray(bold[rows].T), sd_P, scored_P, kept_T[rows])
 
     @cached_property
     def _families(self) -> dict[str, str]:

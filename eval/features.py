@@ -1,28 +1,49 @@
-"""Parcel by feature matrices of one recording: attention, functional connectivity, raw series."""
+"""Parcel by feature matrices of one recording: attention, functional connectivity, raw series.
+
+Connectivity and raw series leave censored timepoints out. A network, which needs whole windows, is fed values there
+that are interpolated between visible kept ones.
+"""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from brainlm.censoring import refill_censored
+from brainlm.ordering import even_starts
 from brainlm.scaling import scale
 from eval.baselines.gaussian import random_mask
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
 from eval.models import Network
 
 
-def recording_windows(cohort: Cohort, index: int, max_windows: int) -> tuple[list[int], NDArray[np.float32], BoolArray]:
-    """Return starts, windows (N, P, W) in the units of the series, and scored parcels (P,) of one recording."""
-    from brainlm.ordering import even_starts
+class RecordingWindows(NamedTuple):
+    """Windows of one recording in the units of the series: starts, (N, P, W), scored parcels (P,), kept (N, W)."""
 
-    bold, _, scored_P = cohort.series(index)
+    starts: list[int]
+    windows: NDArray[np.float32]
+    scored_P: BoolArray
+    kept: BoolArray
+
+    @property
+    def measured(self) -> NDArray[np.float32]:
+        """All windows one after another without what is censored, shape (P, number of kept timepoints)."""
+        return np.concatenate([window[:, kept] for window, kept in zip(self.windows, self.kept)], axis=1)
+
+
+def recording_windows(cohort: Cohort, index: int, max_windows: int) -> RecordingWindows:
+    """Return the windows of one recording."""
+    bold, _, scored_P, kept_T = cohort.series(index)
     starts = even_starts(len(bold), cohort.window_len, max_windows)
-    return starts, np.stack([bold[s : s + cohort.window_len].T for s in starts]), scored_P
+    windows = np.stack([bold[s : s + cohort.window_len].T for s in starts])
+    return RecordingWindows(starts, windows, scored_P, np.stack([kept_T[s : s + cohort.window_len] for s in starts]))
 
 
-def functional_connectivity(windows: NDArray[np.float32]) -> FloatArray:
-    """Return Pearson correlation between parcels over all windows (N, P, W), shape (P, P); 0 for constant parcels."""
-    x = standardised(np.concatenate(list(windows), axis=1).astype(np.float64))
+def functional_connectivity(series: NDArray[np.float32]) -> FloatArray:
+    """Return Pearson correlation between parcels over time, (P, N) -> (P, P); 0 for constant parcels."""
+    x = standardised(series.astype(np.float64))
     return x @ x.T
 
 
@@ -68,7 +89,7 @@ def attention(
     dict of ndarray, shape (P, P)
         Rows are NaN where a parcel is missing or was never a query.
     """
-    starts, windows, scored_P = recording_windows(cohort, index, max_windows)
+    starts, windows, scored_P, kept = recording_windows(cohort, index, max_windows)
     recording_id = cohort.entry(index).recording_id
     if permute_series:
         here = np.flatnonzero(scored_P)
@@ -78,6 +99,8 @@ def attention(
         windows[:, here] = windows[:, order]
     windows_z = scale(windows.swapaxes(1, 2), network.contract).swapaxes(1, 2)
     windows_z = np.where(scored_P[:, None], windows_z, np.float32(0.0))
+    median, iqr = network.contract.median, np.where(network.contract.usable, network.contract.iqr, np.float32(1.0))
+    mean_z = np.where(network.contract.usable, -median / iqr, np.float32(0.0))
     jobs = []
     for number in range(num_masks):
         for i, start in enumerate(starts):
@@ -89,6 +112,8 @@ def attention(
         batch = jobs[first : first + batch_size]
         fed = windows_z[[i for i, _ in batch]]
         masks = np.stack([mask for _, mask in batch])
+        for window_z, mask, (i, _) in zip(fed, masks, batch):
+            refill_censored(window_z, ~mask.reshape(cohort.num_parcels, -1), kept[i], mean_z)
         present = np.repeat(scored_P[None], len(batch), axis=0)
         for part in parts:
             for weights in network.parcel_attention(fed, masks, present, part, layer).astype(np.float64):

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from brainlm.censoring import refill_censored
 from brainlm.scaling import scale
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
 from eval.intervals import Metric
@@ -32,7 +33,8 @@ SUMS = PRIMARY + CONTRACT
 class Scored:
     """One window and what a method made of it.
 
-    ``truth`` and ``prediction`` are (P, W) float64 in primary units, NaN where not scored; ``mask`` is (L,).
+    ``truth`` and ``prediction`` are (P, W) float64 in primary units, NaN where not scored (visible, missing or
+    censored); ``mask`` is (L,).
     ``contract_factor`` (P,) turns an error in primary units into one in contract units; ``contract_median`` (P,) is the
     data set's median in contract units.
     """
@@ -69,8 +71,8 @@ def predict_windows(
         Gives the mask (L,) of a window; must depend on the window alone.
     centrings : sequence
         ``recording``: series as stored, centred on the whole recording (the paper's definition). ``visible``: each
-        parcel is also centred on its visible values in this window, so that no statistic of hidden values is fed; a
-        parcel without visible values keeps 0.
+        parcel is also centred on its visible kept values in this window, so that no statistic of hidden values is fed;
+        a parcel without visible values keeps 0.
     """
     pending: dict[int, list[tuple[Window, BoolArray]]] = {}
     for window in windows:
@@ -91,15 +93,20 @@ def _predict_batch(
     windows = [window for window, _ in group]
     masks = np.stack([mask for _, mask in group])
     bold = np.stack([window.bold_PW for window in windows])
+    kept = np.stack([window.kept_W for window in windows])[:, None, :]
     present = np.stack([window.scored_P for window in windows])
     hidden = expand_mask(masks, cohort.num_parcels, cohort.window_len)
     visible = ~hidden & present[:, :, None]
-    scored = hidden & present[:, :, None]
+    answered = hidden & present[:, :, None]
+    scored = answered & kept
+    measured = visible & kept
     offsets: dict[Centring, FloatArray] = {
         "recording": np.zeros((*present.shape, 1)),
-        "visible": (np.where(visible, bold, 0.0).sum(-1, keepdims=True, dtype=np.float64))
-        / np.maximum(visible.sum(-1, keepdims=True), 1),
+        "visible": (np.where(measured, bold, 0.0).sum(-1, keepdims=True, dtype=np.float64))
+        / np.maximum(measured.sum(-1, keepdims=True), 1),
     }
+    for i, (window, mask) in enumerate(group):  # `bold` is a copy, from here on what is fed
+        refill_censored(bold[i], ~mask.reshape(cohort.num_parcels, -1), window.kept_W)
     contract = method.contract
     reference = cohort.dataset.contract
     iqr = np.where(contract.usable, contract.iqr, 0).astype(np.float64)[:, None]
@@ -109,7 +116,7 @@ def _predict_batch(
         windows_z = np.where(visible, _scaled(fed, contract), np.float32(0.0))
         predicted_z = method.reconstruct(windows_z, masks, present, [window.ref for window in windows])
         raw = predicted_z.astype(np.float64) * iqr + contract.median.astype(np.float64)[:, None] + offsets[centring]
-        if not np.isfinite(raw[scored]).all():
+        if not np.isfinite(raw[answered]).all():
             raise ValueError(f"{type(method).__name__} gave predictions that are not finite where values are hidden")
         for i, (window, mask) in enumerate(group):
             sd_P = np.where(window.sd_P > 0, window.sd_P, 1.0)

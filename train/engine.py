@@ -92,8 +92,10 @@ class Engine:
         assert isinstance(model, BrainLM)
         return model
 
-    def forward(self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None) -> Loss:
-        loss = self._engine(windows, mask, present, ids_decoded)
+    def forward(
+        self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None, kept: Tensor | None
+    ) -> Loss:
+        loss = self._engine(windows, mask, present, ids_decoded, kept)
         assert isinstance(loss, Loss)
         return loss
 

@@ -1,4 +1,7 @@
-"""Validation on subjects that are not trained on: the same windows and masks every time."""
+"""Validation on subjects that are not trained on: the same windows and masks every time.
+
+Censored timepoints are not scored, and visible values there are interpolated between visible kept ones.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import math
 import numpy as np
 import torch
 
-from brainlm.errors import TrainingError
+from brainlm.censoring import refill_censored
+from brainlm.errors import DataError, TrainingError
 from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
@@ -30,38 +34,48 @@ class HeldOut:
 
     def __init__(self, reader: SplitReader, contract: InputContract, settings: ValidationSettings) -> None:
         self.windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self.kept: list[torch.Tensor] = []
         num_patches = contract.window_len // contract.patch_len
+        # In contract units the recording's own mean is not 0 but -median / IQR.
+        zero = -contract.median / np.where(contract.usable, contract.iqr, 1.0)
+        recording_mean = np.where(contract.usable, zero, 0.0).astype(np.float32)
+        self.recording_mean = torch.from_numpy(recording_mean)
         for index, entry in enumerate(reader.entries[: settings.max_recordings]):
             series = reader.recording(index)
             present = torch.from_numpy(reader.present(index) & contract.usable)
-            sd = series.std(axis=0) / np.where(contract.usable, contract.iqr, 1.0)  # contract units
+            kept_T = reader.kept(index, 0, entry.num_timepoints)
+            if not kept_T.any():
+                continue
+            measured = series if kept_T.all() else series[kept_T]
+            sd = measured.std(axis=0) / np.where(contract.usable, contract.iqr, 1.0)  # contract units
             for start in even_starts(entry.num_timepoints, contract.window_len, settings.windows_per_recording):
-                window = scale(series[start : start + contract.window_len], contract).T
+                window = scale(series[start : start + contract.window_len], contract).T.copy()
+                kept = kept_T[start : start + contract.window_len]
                 mask = make_mask(
                     "random", len(present), num_patches, settings.mask_ratio,
                     mask_generator(_SEED, entry.recording_id, start), present,
                 )  # fmt: skip
-                self.windows.append(
-                    (torch.from_numpy(window.copy()), mask, present, torch.from_numpy(sd.astype(np.float32)))
-                )
-        # In contract units the recording's own mean is not 0 but -median / IQR.
-        zero = -contract.median / np.where(contract.usable, contract.iqr, 1.0)
-        self.recording_mean = torch.from_numpy(np.where(contract.usable, zero, 0.0).astype(np.float32))
+                refill_censored(window, ~mask.view(len(present), num_patches).numpy(), kept, recording_mean)
+                self.kept.append(torch.from_numpy(kept))
+                self.windows.append((torch.from_numpy(window), mask, present, torch.from_numpy(sd.astype(np.float32))))
 
     @torch.no_grad()
     def score(self, engine: Engine) -> dict[str, float]:
         """Return ``val_loss`` (contract units) and ``val_r2`` (units of recording-and-parcel SD). All ranks take part.
 
-        R2 = 1 - sum SSE / sum SST over hidden values, SST about the recording-and-parcel mean.
+        R2 = 1 - sum SSE / sum SST over hidden values at kept timepoints, SST about the recording-and-parcel mean.
 
         Raises
         ------
         TrainingError
             If a prediction is not finite: it must not drop out of the score.
+        DataError
+            If there is nothing to score.
         """
         model = engine.model.eval()
         sums = [0.0, 0.0, 0.0, 0.0]
         own = self.windows[engine.world.rank :: engine.world.size]
+        own_kept = self.kept[engine.world.rank :: engine.world.size]
         rounds = math.ceil(len(self.windows) / engine.world.size)  # partitioned weights need every rank in every round
         for number in range(rounds):
             window, mask, present, sd = own[number] if number < len(own) else self.windows[0]
@@ -71,7 +85,10 @@ class HeldOut:
             if number >= len(own):
                 continue
             hidden = mask.view(len(present), -1).repeat_interleave(model.config.patch_len, dim=1)
-            scored = hidden & (present & (sd > 0))[:, None]
+            answered = hidden & (present & (sd > 0))[:, None]
+            if not bool(predicted[answered].isfinite().all()):  # also where the truth is censored
+                sums[0] = math.nan
+            scored = answered & own_kept[number]
             error = (predicted - window)[scored].double()
             truth = (window - self.recording_mean[:, None])[scored].double()
             unit = sd[:, None].expand_as(window)[scored].double()
@@ -81,6 +98,8 @@ class HeldOut:
             sums[3] += scored.sum().item()
         sse, sst, squared, count = engine.sum_over_ranks(sums)
         engine.model.train()
+        if count == 0:
+            raise DataError("no hidden value of the validation windows was measured: all are missing or censored")
         if not math.isfinite(sse):
             raise TrainingError("predictions for the validation windows are not finite: the weights are damaged")
         return {"val_loss": squared / count, "val_r2": 1 - sse / sst}

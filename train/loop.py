@@ -56,14 +56,15 @@ def train(
     engine.model.train()
     for batches in loader.iterate(state.step, num_steps):
         step_started = time.perf_counter()
-        counts = engine.sum_over_ranks([float(sum(_num_scored(b.mask, b.present, b.ids_decoded) for b in batches))])
-        num_values = counts[0] * model_config.patch_len
+        (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
+        num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
         lr = learning_rate_at(state.step, num_steps, settings.optimizer)
         engine.set_learning_rate(lr)
         sums = [0.0, 0.0]
         for number, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(engine.device)
-            loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded)
+            kept = None if bool(cpu_batch.kept.all()) else batch.kept
+            loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded, kept)
             # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
             engine.backward(loss.sum * (world.size * len(batches) / num_values))
             sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
@@ -148,11 +149,3 @@ class _Since:
     @property
     def mean_target(self) -> float:
         return self._target / self.num_steps
-
-
-def _num_scored(mask, present, ids_decoded) -> int:  # type: ignore[no-untyped-def]
-    """Count hidden tokens of present parcels that the loss of a micro-batch is over."""
-    scored = mask & present.repeat_interleave(mask.shape[1] // present.shape[1], dim=1)
-    if ids_decoded is not None:
-        scored = scored.gather(1, ids_decoded)
-    return int(scored.sum())

@@ -1,4 +1,9 @@
-"""AR(p) per parcel: the strongest simple forecaster of unfiltered series."""
+"""AR(p) per parcel: the strongest simple forecaster of unfiltered series.
+
+Censored timepoints are left out of the fit: an autocovariance is the mean product of the pairs of which both are kept
+(Parzen 1963, "On spectral analysis with missing observations"). In the observed part of a window, which must be whole,
+they are interpolated between observed kept values.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from brainlm.censoring import refill_censored
 from brainlm.input_contract import InputContract
 from eval.baselines.simple import Baseline
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
@@ -59,20 +65,30 @@ class Autoregressive(Baseline):
     def fit(self, cohort: Cohort) -> None:
         longest = self.orders[-1]
         total = np.zeros((cohort.num_parcels, longest + 1))
+        super().fit(cohort)
         for index in cohort.recordings("train"):
-            bold, sd_P, scored_P = cohort.series(index, "train")
+            bold, sd_P, scored_P, kept_T = cohort.series(index, "train")
             y = np.where(scored_P, bold / np.where(sd_P > 0, sd_P, 1.0), 0.0)
-            for lag in range(longest + 1):
-                total[:, lag] += (y[lag:] * y[: len(y) - lag]).sum(axis=0) / len(y)  # biased: the fit is always stable
+            y[~kept_T] = 0.0
+            T = len(y)
+            for lag in range(min(longest, T - 1) + 1):
+                num_pairs = int((kept_T[lag:] & kept_T[: T - lag]).sum())
+                if num_pairs:  # (T - lag) / T x mean of the pairs: without censoring biased, so that the fit is stable
+                    total[:, lag] += (y[lag:] * y[: T - lag]).sum(axis=0) / (num_pairs * T / (T - lag))
         fits = {order: yule_walker(total, order) for order in self.orders}
         errors = dict.fromkeys(self.orders, 0.0)
         for window in cohort.windows(1, "val"):
-            y = window.bold_PW[window.scored_P].astype(np.float64) / window.sd_P[window.scored_P, None]
-            past, future = y[:, : -self.horizon], y[:, -self.horizon :]
-            mean = past.mean(axis=1, keepdims=True)
+            here, kept = window.scored_P, window.kept_W
+            observed, hidden = kept[: -self.horizon], kept[-self.horizon :]
+            if not observed.any():
+                continue
+            y = window.bold_PW[here].astype(np.float64) / window.sd_P[here, None]
+            past, future = np.ascontiguousarray(y[:, : -self.horizon]), y[:, -self.horizon :]
+            refill_censored(past, np.ones((len(past), 1), dtype=bool), observed)
+            mean = past[:, observed].mean(axis=1, keepdims=True)
             for order, coefficients in fits.items():
-                guess = forecast(past - mean, coefficients[window.scored_P], self.horizon) + mean
-                errors[order] += float(((guess - future) ** 2).sum())
+                guess = forecast(past - mean, coefficients[here], self.horizon) + mean
+                errors[order] += float(((guess - future)[:, hidden] ** 2).sum())
         self.order = min(errors, key=lambda order: (errors[order], order))
         self.coefficients = fits[self.order]
 

@@ -3,7 +3,7 @@
 The bar for reconstruction: nearly all that can be known of a hidden value is in other parcels at the same time. The
 covariance is the group's. The adapted form mixes in the window's own, estimated from its visible values alone by rounds
 of expectation and maximisation (Dempster et al. 1977, with the group's covariance as prior): the stronger one on real
-data.
+data. Censored timepoints enter neither covariance; a value at a kept timepoint is predicted from that timepoint alone.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ def conditional_weights(covariance: FloatArray, visible: NDArray[np.int64], hidd
 def group_covariance(cohort: Cohort, contract: InputContract) -> FloatArray:
     """Average covariance of the train split in contract units, shape (P, P); 0 where a parcel has no data.
 
-    Every recording counts alike: its values are divided by their root mean square first. Parcels missing from some
+    Every recording counts alike: its kept values are divided by their root mean square first. Parcels missing from some
     recordings are averaged over those that have them; the result is made positive semidefinite.
     """
     P = cohort.num_parcels
     total, counts = np.zeros((P, P)), np.zeros((P, P))
     iqr = np.where(contract.usable, contract.iqr, 1.0)
     for index in cohort.recordings("train"):
-        bold, _, scored_P = cohort.series(index, "train")
-        x = np.where(scored_P, bold / iqr, 0.0)
+        series = cohort.series(index, "train")
+        scored_P = series.scored_P
+        x = np.where(scored_P, series.measured / iqr, 0.0)
         x /= np.sqrt((x[:, scored_P] ** 2).mean(dtype=np.float64))
         total += (x.T.astype(np.float64) @ x) / len(x)
         counts += np.outer(scored_P, scored_P)
@@ -86,6 +87,7 @@ class Gaussian(Baseline):
         self._weights: OrderedDict[bytes, FloatArray] = OrderedDict()
 
     def fit(self, cohort: Cohort) -> None:
+        super().fit(cohort)
         group = group_covariance(cohort, self.contract)
         variance = np.where(np.diag(group) > 0, np.diag(group), 1.0)
         group = group + np.diag(np.where(np.diag(group) > 0, 0.0, 1.0) + JITTER * variance.mean())
@@ -138,7 +140,8 @@ class Gaussian(Baseline):
                 if len(seen) and len(hidden):
                     out[b, hidden, k] = self._group_weights(seen, hidden) @ x[b, seen, k]
             if self.own_weight > 0:
-                out[b] = self._adapted(x[b], out[b], visible[b], wanted[b], present[b])
+                kept = self.kept(refs[b], W).reshape(K, -1)
+                out[b] = self._adapted(x[b], out[b], visible[b], wanted[b], present[b], kept)
         return out.reshape(B, P, W) + self.zero_z[:, None]
 
     def _group_weights(self, seen: NDArray[np.int64], hidden: NDArray[np.int64]) -> FloatArray:
@@ -150,30 +153,40 @@ class Gaussian(Baseline):
         return self._weights[key]
 
     def _adapted(
-        self, x: FloatArray, filled: FloatArray, visible: BoolArray, wanted: BoolArray, present: BoolArray
+        self,
+        x: FloatArray,
+        filled: FloatArray,
+        visible: BoolArray,
+        wanted: BoolArray,
+        present: BoolArray,
+        kept: BoolArray,
     ) -> FloatArray:
-        """Refill the hidden values of one window (P, K, patch_len) with a covariance that knows this window."""
-        P, K, patch_len = x.shape
+        """Refill the hidden values of one window (P, K, patch_len) with a covariance that knows this window.
+
+        It is estimated from the timepoints of `kept (K, patch_len)`.
+        """
+        P, K, _ = x.shape
         here = np.flatnonzero(present)
         shared = self.covariance
-        seen_variance = float((x[visible] ** 2).mean()) if visible.any() else 0.0
-        group_variance = (
-            float(np.broadcast_to(np.diag(shared)[:, None], (P, K))[visible].mean()) if visible.any() else 1
-        )
+        measured = visible[:, :, None] & kept
+        if not measured.any():
+            return filled
+        seen_variance = float((x[measured] ** 2).mean())
+        group_variance = float(np.broadcast_to(np.diag(shared)[:, None, None], measured.shape)[measured].mean())
         shared = shared * max(seen_variance / group_variance, 1e-12)
         covariance = shared
         for _ in range(ROUNDS):
             own = np.zeros((P, P))
             for k in range(K):
-                own += filled[:, k] @ filled[:, k].T
+                own += filled[:, k, kept[k]] @ filled[:, k, kept[k]].T
                 seen, hidden = np.flatnonzero(visible[:, k]), np.flatnonzero(wanted[:, k])
                 if len(hidden):
                     left = covariance[np.ix_(hidden, hidden)]
                     if len(seen):
                         A = conditional_weights(covariance, seen, hidden)
                         left = left - A @ covariance[np.ix_(seen, hidden)]
-                    own[np.ix_(hidden, hidden)] += patch_len * left
-            own /= K * patch_len
+                    own[np.ix_(hidden, hidden)] += kept[k].sum() * left
+            own /= kept.sum()
             covariance = shared.copy()
             block = np.ix_(here, here)
             covariance[block] = (1 - self.own_weight) * shared[block] + self.own_weight * own[block]

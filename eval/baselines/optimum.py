@@ -9,7 +9,7 @@ from brainlm.dataset import Dataset
 from brainlm.errors import DataError
 from brainlm.state_space import TRUTH_FILE, SimulatedTruth, load_truth
 from eval.baselines.simple import Baseline
-from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
+from eval.cohort import BoolArray, FloatArray, WindowRef
 from eval.models import Predictions
 from eval.scoring import expand_mask
 
@@ -35,7 +35,7 @@ def why_no_optimum(dataset: Dataset, truth: SimulatedTruth | None) -> str:
 
 
 class Optimum(Baseline):
-    """Exact Kalman smoother of each recording's own system, given this window alone.
+    """Exact Kalman smoother of each recording's own system, given the measurements of this window alone.
 
     The truth is relative to the process's mean, the series are centred on the recording's: the difference is part of
     neither the model nor the score, and makes this bound very slightly lower than the exact one.
@@ -49,9 +49,6 @@ class Optimum(Baseline):
                 f"{dataset.name}: the optimal predictor is not known ({reason if truth else 'not simulated'})"
             )
         self.truth = truth
-
-    def fit(self, cohort: Cohort) -> None:
-        """Nothing to learn: the system is known."""
 
     def reconstruct(
         self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, refs: list[WindowRef]
@@ -69,7 +66,7 @@ class Optimum(Baseline):
                     f"{ref.recording_id}: the truth has {len(inputs)} timepoints, the window ends at {until}"
                 )
             bold, observed = np.zeros((until, P)), np.zeros((until, P), dtype=bool)
-            observed[ref.start :] = visible[b].T
+            observed[ref.start :] = visible[b].T & self.kept(ref, W)[:, None]
             bold[ref.start :] = (windows_z[b].T.astype(np.float64) - self.zero_z) * iqr
             expected = system.smooth(bold, observed, None if inputs is None else inputs[:until])
             out[b] = (expected[ref.start :] / iqr + self.zero_z).T

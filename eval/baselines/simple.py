@@ -1,4 +1,8 @@
-"""Baselines that learn nothing: the mean, interpolation in time, persistence."""
+"""Baselines that learn nothing: the mean, interpolation in time, persistence.
+
+Visible censored values come interpolated between visible kept ones (see `eval.cohort`), so that interpolation and
+persistence give exactly what they would give without these timepoints.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +20,7 @@ class Baseline:
 
     def __init__(self, contract: InputContract) -> None:
         self._contract = contract
+        self._cohort: Cohort | None = None
         usable = contract.usable
         self.zero_z: FloatArray = np.where(usable, -contract.median / np.where(usable, contract.iqr, 1.0), 0.0)
         """Shape (P,): contract units of a value equal to the mean that the series were centred on."""
@@ -25,7 +30,12 @@ class Baseline:
         return self._contract
 
     def fit(self, cohort: Cohort) -> None:
-        """Nothing to learn."""
+        """Nothing to learn but which timepoints are censored."""
+        self._cohort = cohort
+
+    def kept(self, ref: WindowRef, window_len: int) -> BoolArray:
+        """Return which timepoints of a window are kept, shape (W,); before `fit`, all."""
+        return np.ones(window_len, dtype=bool) if self._cohort is None else self._cohort.kept(ref)
 
 
 class Mean(Baseline):

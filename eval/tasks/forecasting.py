@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from brainlm.config import Section, to_tree
-from brainlm.errors import ConfigError
+from brainlm.errors import ConfigError, DataError
 from eval.baselines.autoregressive import Autoregressive
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Mean, Persistence
@@ -42,7 +42,8 @@ class Forecasting:
     """Observe the beginning of a window and predict its last timepoints.
 
     Nothing of the future is used: each parcel is centred on the mean of its observed part. Only the optimum is given
-    series centred on the whole recording, because the planted process has a known mean.
+    series centred on the whole recording, because the planted process has a known mean. Censored timepoints are not
+    scored.
     """
 
     name = "forecasting"
@@ -110,6 +111,8 @@ class Forecasting:
                 ordered = [parts[start] for start in sorted(parts)]
                 total = {name: np.sum([part[name] for part in ordered], axis=0)[-horizon:] for name in SUMS}
                 for step in range(1, horizon + 1):
+                    if total["n"][step - 1] == 0:  # censored in every window of this recording
+                        continue
                     rows.append(
                         {
                             **cohort.identifiers(index),
@@ -119,6 +122,8 @@ class Forecasting:
                             **{name: float(total[name][step - 1]) for name in SUMS},
                         }
                     )
+        if not rows:
+            raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
         return UnitOutput(table=pd.DataFrame(rows))
 
     def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:

@@ -117,7 +117,7 @@ class Networks:
         subjects = set()
         for index in cohort.recordings():
             subjects.add(cohort.entry(index).subject)
-            _, _, scored_P = cohort.series(index)
+            scored_P = cohort.series(index).scored_P
             ids = {**cohort.identifiers(index), "parcel": ""}
             for part, features in self._features(spec, network, cohort, index, runtime).items():
                 here = scored_P & np.isfinite(features).any(axis=1)
@@ -184,11 +184,12 @@ class Networks:
                 batch_size=runtime.batch_size,
                 permute_series=spec.variant == PERMUTED,
             )
-        _, windows, _ = recording_windows(cohort, index, settings.max_windows_per_recording)
+        cut = recording_windows(cohort, index, settings.max_windows_per_recording)
+        series = cut.measured if cut.kept.sum() > 1 else np.zeros((cohort.num_parcels, 2), np.float32)  # tells nothing
         if spec.name == "functional connectivity":
-            return {"": functional_connectivity(windows)}
+            return {"": functional_connectivity(series)}
         if spec.name == "raw series":
-            return {"": np.concatenate(list(windows), axis=1).astype(np.float64)}
+            return {"": series.astype(np.float64)}
         return {"": np.zeros((cohort.num_parcels, cohort.num_parcels))}  # controls know no signal
 
     def _predict(

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from brainlm.config import Section, to_tree
-from brainlm.errors import ConfigError
+from brainlm.errors import ConfigError, DataError
 from eval.baselines.gaussian import Gaussian, random_mask
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Interpolation, Mean
@@ -53,7 +53,8 @@ class ReconstructionSettings(Section):
 class Reconstruction:
     """Hide random tokens, rebuild them, score hidden values only.
 
-    Every method sees the same masks. Parcels that are missing or do not vary are not scored.
+    Every method sees the same masks. Parcels that are missing or do not vary are not scored, nor are censored
+    timepoints.
     """
 
     name = "reconstruction"
@@ -126,6 +127,8 @@ class Reconstruction:
         rows = []
         for (index, ratio, centring), parts in sorted(sums.items()):
             ordered = [parts[start] for start in sorted(parts)]
+            if not any(part["n"] > 0 for part in ordered):  # all that was hidden is censored
+                continue
             rows.append(
                 {
                     **cohort.identifiers(index),
@@ -136,6 +139,8 @@ class Reconstruction:
                     **{name: float(sum(part[name] for part in ordered)) for name in SUMS},
                 }
             )
+        if not rows:
+            raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
         parcels = pd.concat(
             [
                 pd.DataFrame({"parcel": np.arange(cohort.num_parcels), "mask_ratio": ratio, **parts})
@@ -160,6 +165,7 @@ def _example_arrays(items: list[Scored], mask_ratio: float) -> dict[str, Any]:
     truth = [item.window.bold_PW / np.where(item.window.sd_P > 0, item.window.sd_P, 1.0)[:, None] for item in items]
     scored = np.stack([item.window.scored_P for item in items])
     return {
+        "kept": np.stack([item.window.kept_W for item in items]),
         "truth_z": np.where(scored[:, :, None], np.stack(truth), np.nan).astype(np.float32),
         "mask": np.stack([item.mask for item in items]),
         "prediction": np.stack([item.prediction for item in items]).astype(np.float32),

@@ -23,6 +23,7 @@ def atlas() -> Atlas:
         coords_mm=np.array([[-30.5, 0, 10], [30.25, 0, 10], [0, -70, 5]]),
         networks=("", "visual", "visual"),
         space="MNI152NLin6Asym",
+        hemispheres=("L", "R", ""),
     )
 
 
@@ -32,6 +33,7 @@ def test_atlas_survives_json(atlas: Atlas) -> None:
     np.testing.assert_array_equal(again.labels, [2, 130, 300])
     np.testing.assert_array_equal(again.coords_mm, atlas.coords_mm)
     assert (again.parcel_names, again.networks, again.space) == (atlas.parcel_names, atlas.networks, atlas.space)
+    assert again.hemispheres == atlas.hemispheres == ("L", "R", "")
     assert (again.labels.dtype, again.coords_mm.dtype) == (np.int64, np.float32)
 
 
@@ -42,8 +44,22 @@ def test_coordinates_survive_json_to_the_bit() -> None:
     np.testing.assert_allclose(atlas.coords_mm, coords_mm, atol=6e-4)
 
 
-def test_atlas_without_networks_survives_json(atlas: Atlas) -> None:
-    assert Atlas.from_json(replace(atlas, networks=None).to_json()).networks is None
+def test_atlas_without_networks_or_hemispheres_survives_json(atlas: Atlas) -> None:
+    again = Atlas.from_json(json.loads(json.dumps(replace(atlas, networks=None, hemispheres=None).to_json())))
+    assert again.networks is None
+    assert again.hemispheres is None
+
+
+def test_an_atlas_written_before_hemispheres_were_carried_still_reads(atlas: Atlas) -> None:
+    tree = atlas.to_json()
+    del tree["hemispheres"]
+    assert Atlas.from_json(tree).hemispheres is None
+
+
+def test_hemispheres_are_no_difference_between_two_atlases(atlas: Atlas) -> None:
+    older = replace(atlas, hemispheres=None)
+    assert atlas.differences(older) == []
+    assert older.differences(atlas) == []
 
 
 @pytest.mark.parametrize(
@@ -55,6 +71,8 @@ def test_atlas_without_networks_survives_json(atlas: Atlas) -> None:
         ({"coords_mm": np.zeros((3, 2))}, r"coordinates of shape \(3, 2\)"),
         ({"coords_mm": np.full((3, 3), np.nan)}, "finite"),
         ({"networks": ("visual",)}, "3 parcels but 1 network names"),
+        ({"hemispheres": ("L",)}, "3 parcels but 1 hemispheres"),
+        ({"hemispheres": ("L", "R", "left")}, 'L, R, B or "", found left'),
         ({"parcel_names": (), "labels": np.zeros(0), "coords_mm": np.zeros((0, 3))}, "no parcels"),
     ],
 )

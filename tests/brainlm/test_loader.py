@@ -16,7 +16,9 @@ from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError, DataError
 from brainlm.loader import MaskSettings, WindowBatch, WindowLoader
 from brainlm.masking import MaskKind
-from brainlm.testing import write_synthetic_dataset
+from brainlm.scaling import scale
+from brainlm.shards import StoredDtype
+from brainlm.testing import small_model, write_synthetic_dataset
 
 MISSING = {"sub-train001_task-rest": (3, 7)}
 BATCH = 8
@@ -36,7 +38,7 @@ def loader(dataset: Dataset, masks: MaskSettings = MASKS, **changes: Any) -> Win
 
 def joined(batches: list[WindowBatch]) -> list[torch.Tensor]:
     assert all(batch.ids_decoded is not None for batch in batches)
-    names = ("windows", "mask", "present", "ids_decoded")
+    names = ("windows", "mask", "present", "ids_decoded", "kept")
     return [torch.cat([getattr(batch, name) for batch in batches]) for name in names]
 
 
@@ -86,6 +88,97 @@ def test_values_are_the_scaled_slices_of_their_recordings(dataset: Dataset) -> N
         np.testing.assert_allclose(batch.windows[i].numpy(), expected.T, rtol=1e-6, atol=1e-7)
         np.testing.assert_array_equal(batch.present[i].numpy(), source.present(recording))
     assert batch.windows.dtype == torch.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_a_batch_is_scaled_as_the_library_scales_bit_by_bit(tmp_path: Path, dtype: StoredDtype) -> None:
+    data = write_synthetic_dataset(
+        str(tmp_path), num_subjects={"train": 4}, num_parcels=9, missing=MISSING, dtype=dtype
+    )
+    covered = np.arange(9) != 5
+    data = replace(data, contract=replace(data.contract, covered=covered, iqr=np.where(np.arange(9) == 7, 0, 1.7)))
+    it = loader(data)
+    (batch,) = it.batches_at(1)
+    for i, (recording, start) in enumerate(it.rows_at(1)):
+        expected = scale(it.reader.window(recording, start, 40), data.contract).T
+        np.testing.assert_array_equal(batch.windows[i].numpy(), expected)
+        assert not expected[[5, 7]].any()
+        assert not batch.present[i, [5, 7]].any()
+
+
+def test_a_contract_of_another_atlas_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+    other = write_synthetic_dataset(str(tmp_path), num_subjects={"train": 3}, num_parcels=12)
+    with pytest.raises(DataError, match="recordings of 10 parcels, the contract has 12"):
+        loader(replace(dataset, contract=other.contract))
+
+
+CENSORED = {"sub-train000_task-rest": ((0, 7), (19, 22)), "sub-train002_task-rest": ((30, 45),)}
+
+
+@pytest.fixture(scope="module")
+def censored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Dataset, Dataset]:
+    """The same data, interpolated at censored timepoints and with nonsense there."""
+    settings: dict[str, Any] = {
+        "num_subjects": {"train": 6},
+        "num_parcels": 10,
+        "missing": MISSING,
+        "censored": CENSORED,
+    }
+    folder = tmp_path_factory.mktemp("censored")
+    return (
+        write_synthetic_dataset(str(folder / "interpolated"), **settings),
+        write_synthetic_dataset(str(folder / "nonsense"), **settings, censored_fill=1e4),
+    )
+
+
+def test_stored_values_at_censored_timepoints_change_neither_what_is_seen_nor_the_loss(
+    censored: tuple[Dataset, Dataset],
+) -> None:
+    model = small_model(censored[0].contract)
+    num_censored = 0
+    for step in range(6):
+        (one,), (other,) = (loader(dataset).batches_at(step) for dataset in censored)
+        for name in ("mask", "present", "ids_decoded", "kept"):
+            assert torch.equal(getattr(one, name), getattr(other, name))
+        hidden = one.mask.view(BATCH, 10, 4).repeat_interleave(10, dim=2)
+        assert torch.equal(one.windows[~hidden], other.windows[~hidden])
+        free = hidden & one.present[:, :, None] & ~one.kept[:, None, :]
+        assert (other.windows[free] > 1e3).all()  # the nonsense is really there
+        num_censored += int(free.sum())
+        for ids in (one.ids_decoded, None):
+            with torch.no_grad():
+                losses = [model(b.windows, b.mask, b.present, ids, b.kept) for b in (one, other)]
+            assert all(torch.equal(a, b) for a, b in zip(*losses))
+            assert replace(one, ids_decoded=ids).num_scored_values == int(losses[0].num_values)
+    assert num_censored > 500
+
+
+def test_kept_says_which_timepoints_of_the_recording_are_censored(censored: tuple[Dataset, Dataset]) -> None:
+    it = loader(censored[0])
+    seen = set()
+    for step in range(6):
+        (batch,) = it.batches_at(step)
+        for (recording, start), kept in zip(it.rows_at(step).tolist(), batch.kept):
+            ranges = CENSORED.get(it.reader.entries[recording].recording_id, ())
+            expected = [not any(a <= start + t < b for a, b in ranges) for t in range(40)]
+            assert kept.tolist() == expected
+            seen.add(all(expected))
+    assert seen == {True, False}
+
+
+def test_censoring_changes_neither_the_order_of_windows_nor_their_masks(
+    censored: tuple[Dataset, Dataset], tmp_path: Path
+) -> None:
+    whole = write_synthetic_dataset(str(tmp_path), num_subjects={"train": 6}, num_parcels=10, missing=MISSING)
+    for step in range(4):
+        one, other = loader(whole), loader(censored[0])
+        np.testing.assert_array_equal(one.rows_at(step), other.rows_at(step))
+        (a,), (b,) = one.batches_at(step), other.batches_at(step)
+        assert torch.equal(a.mask, b.mask)
+        assert a.ids_decoded is not None
+        assert b.ids_decoded is not None
+        assert torch.equal(a.ids_decoded, b.ids_decoded)
+        assert a.kept.all()
 
 
 def test_an_epoch_has_every_recording_equally_often(dataset: Dataset) -> None:
@@ -178,6 +271,51 @@ def test_a_loop_that_stops_early_ends_its_thread(dataset: Dataset) -> None:
     assert any(thread.name == "brainlm-loader" for thread in threading.enumerate())
     steps.close()  # type: ignore[attr-defined]
     assert not any(thread.name == "brainlm-loader" for thread in threading.enumerate())
+
+
+def test_closing_does_not_wait_for_an_error_that_nobody_will_read(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    it = loader(dataset)
+    real, failed = it.batches_at, threading.Event()
+
+    def fail_at_two(step: int) -> list[WindowBatch]:
+        if step == 2:
+            failed.set()
+            raise DataError("shard is gone")
+        return real(step)
+
+    monkeypatch.setattr(it, "batches_at", fail_at_two)
+    steps = it.iterate(0, 9, prefetch=1)
+    next(steps)
+    assert failed.wait(timeout=5)  # step 1 fills the queue, the error has no place in it
+    started = time.perf_counter()
+    steps.close()  # type: ignore[attr-defined]
+    assert time.perf_counter() - started < 0.5
+    assert not any(thread.name == "brainlm-loader" for thread in threading.enumerate())
+
+
+def test_closing_leaves_a_read_that_hangs_behind(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brainlm.loader.CLOSE_WITHIN_S", 0.1)
+    it = loader(dataset)
+    real, answer = it.batches_at, threading.Event()
+
+    def hang_at_one(step: int) -> list[WindowBatch]:
+        if step == 1:
+            answer.wait(timeout=30)
+        return real(step)
+
+    monkeypatch.setattr(it, "batches_at", hang_at_one)
+    steps = it.iterate(0, 9)
+    next(steps)
+    started = time.perf_counter()
+    steps.close()  # type: ignore[attr-defined]
+    assert time.perf_counter() - started < 5
+    answer.set()
+    for thread in threading.enumerate():
+        if thread.name == "brainlm-loader":
+            thread.join(timeout=5)
+            assert not thread.is_alive()
 
 
 def test_a_batch_stays_where_it_is_on_a_cpu(dataset: Dataset) -> None:

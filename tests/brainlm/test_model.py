@@ -333,6 +333,54 @@ def test_loss_of_some_tokens_counts_those_that_are_scored(
     torch.testing.assert_close(loss.target_sum, target.square().sum())
 
 
+@both_decoders
+@with_and_without_missing
+@pytest.mark.parametrize("chosen", [False, True], ids=["all decoded", "some decoded"])
+def test_the_loss_leaves_censored_timepoints_out(
+    contract: InputContract, windows: Tensor, decoder: Decoder, present: Tensor | None, chosen: bool
+) -> None:
+    model, mask = build(contract, decoder), mask_of(present=present)
+    kept = torch.rand(B, W, generator=torch.Generator().manual_seed(0)) < 0.6
+    ids = torch.stack([torch.randperm(L, generator=torch.Generator().manual_seed(i))[:9] for i in range(B)])
+    loss = model(windows, mask, present, ids if chosen else None, kept)
+    scored = scored_values(mask, present) & kept[:, None, :]
+    if chosen:
+        scored &= values(torch.zeros(B, L, dtype=torch.bool).scatter(1, ids, True))
+    error = (model.reconstruct(windows, mask, present) - windows)[scored]
+    assert int(loss.num_values) == len(error) == int(scored.sum()) > 0
+    torch.testing.assert_close(loss.sum, error.square().sum())
+    torch.testing.assert_close(loss.target_sum, windows[scored].square().sum())
+
+    other = torch.where(scored_values(mask, None) & ~kept[:, None, :], torch.nan, windows)
+    changed = model(other, mask, present, ids if chosen else None, kept)
+    assert all(torch.equal(a, b) for a, b in zip(loss, changed))
+
+
+@both_decoders
+def test_gradients_of_censored_timepoints_are_zero(contract: InputContract, windows: Tensor, decoder: Decoder) -> None:
+    """With all but one timepoint censored, only the weights of that timepoint's prediction learn."""
+    model, mask = build(contract, decoder), mask_of()
+    kept = torch.zeros(B, W, dtype=torch.bool)
+    kept[:, PATCH + 2] = True
+    model(windows, mask, None, None, kept).sum.backward()
+    grad = model.decoder_pred.bias.grad
+    assert grad is not None
+    assert torch.nonzero(grad)[:, 0].tolist() == [2]
+
+
+@both_decoders
+@with_and_without_missing
+def test_keeping_every_timepoint_changes_no_bit_of_the_loss(
+    contract: InputContract, windows: Tensor, decoder: Decoder, present: Tensor | None
+) -> None:
+    model, mask = build(contract, decoder), mask_of(present=present)
+    every = torch.ones(B, W, dtype=torch.bool)
+    losses = model(windows, mask, present), model(windows, mask, present, kept_BW=every)
+    assert all(torch.equal(a, b) for a, b in zip(*losses))
+    none = model(windows, mask, present, kept_BW=~every)
+    assert [float(part.detach()) for part in none] == [0.0, 0.0, 0.0]
+
+
 def test_tokens_are_drawn_among_the_scored_without_repetition() -> None:
     scored = torch.zeros(30, dtype=torch.bool)
     scored[[1, 4, 9, 16, 25]] = True

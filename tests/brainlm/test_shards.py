@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import pickle
 import tarfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -241,3 +243,382 @@ def test_remote_shards_are_read_through_the_cache(
     monkeypatch.setenv("BRAINLM_CACHE", str(tmp_path / "another cache"))
     with pytest.raises(StoreError, match="do not have the recorded sha256"):
         SplitReader(store, [row]).recording(0)
+
+
+# ---------------------------------------------------------------------- censored timepoints
+
+
+def test_censored_timepoints_come_back(tmp_path: Path, recordings: Recordings) -> None:
+    censored = ((0, 2), (5, 6), (28, 30))
+    recordings[0] = (replace(recordings[0][0], censored=censored), recordings[0][1])
+    reader = SplitReader(*write(tmp_path, recordings))
+    assert reader.entries[0].censored == censored
+    assert np.flatnonzero(~reader.kept(0, 0, 30)).tolist() == [0, 1, 5, 28, 29]
+    assert reader.kept(0, 4, 3).tolist() == [True, False, True]
+    assert reader.kept(1, 0, 41).all()
+    with pytest.raises(DataError, match="sub-00_task-rest: timepoints 20 to 31 of 30 asked for"):
+        reader.kept(0, 20, 11)
+
+
+def test_shards_from_before_there_was_censoring_are_read(tmp_path: Path, recordings: Recordings) -> None:
+    store, rows = write(tmp_path, recordings)
+    edit_rows(store, "train-00000", lambda rows: [row.pop("censored") for row in rows])
+    reader = SplitReader(store, rows)
+    assert reader.entries[0].censored == ()
+    assert reader.kept(0, 0, 30).all()
+
+
+@pytest.mark.parametrize(
+    "censored", [((2, 2),), ((3, 1),), ((0, 3), (2, 5)), ((0, 3), (3, 5)), ((28, 31),), ((-1, 2),)]
+)
+def test_impossible_ranges_are_refused_in_writing_and_in_reading(
+    tmp_path: Path, recordings: Recordings, censored: tuple[tuple[int, int], ...]
+) -> None:
+    entry, bold = recordings[0]
+    with pytest.raises(DataError, match="censored"):
+        encode_shard([(replace(entry, censored=censored), bold)], "float32")
+    store, rows = write(tmp_path, recordings)
+    edit_rows(store, "train-00000", lambda rows: rows[0].update(censored=censored))
+    with pytest.raises(DataError, match="censored"):
+        SplitReader(store, rows)
+
+
+# ---------------------------------------------------------------------- batches of windows
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_batch_has_the_windows_one_by_one(tmp_path: Path, recordings: Recordings, dtype: StoredDtype) -> None:
+    reader = SplitReader(*write(tmp_path, recordings, dtype))
+    rows = np.array([[2, 4], [0, 0], [1, 21], [0, 10], [2, 4]])
+    raw, scale = reader.gather(rows, 20)
+    assert raw.shape == (5, 20, P)
+    assert raw.dtype == np.dtype(dtype)
+    for i, (index, start) in enumerate(rows):
+        np.testing.assert_array_equal(raw[i].astype(np.float32) * scale[i], reader.window(index, start, 20))
+    out = np.zeros_like(raw)
+    assert reader.gather(rows, 20, out)[0] is out
+    np.testing.assert_array_equal(out, raw)
+
+
+@pytest.mark.parametrize("row", [[3, 0], [-1, 0], [0, -1], [0, 11]])
+def test_a_batch_with_a_window_that_does_not_exist_is_refused(
+    tmp_path: Path, recordings: Recordings, row: list[int]
+) -> None:
+    reader = SplitReader(*write(tmp_path, recordings))
+    with pytest.raises(DataError, match="asked for"):
+        reader.gather(np.array([[1, 3], row]), 20)
+
+
+def test_an_array_that_does_not_fit_the_batch_is_refused(tmp_path: Path, recordings: Recordings) -> None:
+    reader = SplitReader(*write(tmp_path, recordings))
+    for out in (
+        np.zeros((1, 20, P), np.float16),
+        np.zeros((2, 20, P), np.float32),
+        np.zeros((1, 20, 2 * P))[:, :, ::2],
+    ):
+        with pytest.raises(DataError, match="gather: expected"):
+            reader.gather(np.array([[0, 0]]), 20, out)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_more_shards_than_maps_give_the_same_and_keep_few_files_open(
+    tmp_path: Path, recordings: Recordings, dtype: StoredDtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brainlm.shards.MAX_MAPS", 3)
+    store, series = Store(tmp_path), []
+    rows = []
+    for number in range(12):
+        entry, bold = recordings[number % 3]
+        entry = replace(entry, recording_id=f"sub-{number:02d}", missing_parcels=())
+        series.append((entry, np.nan_to_num(bold) + np.float32(number)))
+        rows.append(write_shard(store, shard_name("train", number), *encode_shard(series[-1:], dtype)))
+    reader = SplitReader(store, rows)
+    before = len(list(Path("/proc/self/fd").iterdir())) if Path("/proc/self/fd").exists() else None
+    for _ in range(2):
+        for index, (_, bold) in enumerate(series):
+            np.testing.assert_allclose(reader.recording(index), bold, rtol=2e-3, atol=1e-3 * np.abs(bold).max())
+            window = reader.window(index, 3, 9)
+            np.testing.assert_array_equal(window, reader.recording(index)[3:12])
+    if before is not None:
+        assert len(list(Path("/proc/self/fd").iterdir())) <= before + 3
+
+
+def test_a_reader_travels_to_workers_without_its_maps(tmp_path: Path, recordings: Recordings) -> None:
+    reader = SplitReader(*write(tmp_path, recordings))
+    first = reader.recording(0)
+    sent = pickle.dumps(reader)
+    assert len(sent) < 4000
+    np.testing.assert_array_equal(pickle.loads(sent).recording(0), first)
+
+
+def test_a_shard_that_left_the_cache_is_fetched_again(
+    tmp_path: Path, recordings: Recordings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRAINLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("brainlm.shards.MAX_MAPS", 0)
+    store = Store("memory://test_a_shard_that_left_the_cache")
+    reader = SplitReader(store, [write_shard(store, "train-00000", *encode_shard(recordings, "float32"))])
+    first = reader.recording(0)
+    for path in (tmp_path / "cache" / "files").iterdir():
+        path.unlink()
+    np.testing.assert_array_equal(reader.recording(0), first)
+
+
+# ---------------------------------------------------------------------- hostile and damaged files
+
+
+def edit_rows(store: Store, name: str, change: Callable[[list[dict[str, Any]]], Any]) -> None:
+    index = store.read_json(f"shards/{name}.index.json")
+    change(index["recordings"])
+    store.write_json(f"shards/{name}.index.json", index)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recording_id": "../../etc/passwd"},
+        {"recording_id": "/etc/passwd"},
+        {"recording_id": "a\\b"},
+        {"recording_id": ".."},
+        {"recording_id": ""},
+        {"recording_id": "a\x00b"},
+        {"recording_id": "x" * 96},
+        {"recording_id": 7},
+        {"subject": None},
+        {"num_timepoints": 0},
+        {"num_timepoints": -30},
+        {"num_timepoints": 30.0},
+        {"num_timepoints": True},
+        {"num_timepoints": 10**30},
+        {"num_parcels": 2**62},
+        {"num_parcels": "7"},
+        {"dtype": "object"},
+        {"dtype": "float64"},
+        {"dtype": ["float32"]},
+        {"scale": 0.0},
+        {"scale": -1.0},
+        {"scale": 1e-300},
+        {"scale": 1e300},
+        {"scale": "1"},
+        {"tr_s": 10**400},
+        {"tr_s": None},
+        {"offset": 1.5},
+        {"offset": 10**400},
+        {"offset": None},
+        {"missing_parcels": [7]},
+        {"missing_parcels": [-1]},
+        {"missing_parcels": [1, 1]},
+        {"missing_parcels": "01"},
+        {"missing_parcels": None},
+        {"missing_parcels": [[1]]},
+        {"censored": [1, 2]},
+        {"censored": [[1, 2, 3]]},
+        {"censored": [["1", "2"]]},
+        {"censored": None},
+        {"__class__": "os.system"},
+    ],
+    ids=str,
+)
+def test_an_index_with_impossible_facts_is_refused(
+    tmp_path: Path, recordings: Recordings, changes: dict[str, Any]
+) -> None:
+    store, rows = write(tmp_path, recordings)
+    edit_rows(store, "train-00000", lambda rows: rows[0].update(changes))
+    with pytest.raises(DataError, match=r"train-00000\.index\.json"):
+        SplitReader(store, rows)
+
+
+@pytest.mark.parametrize("constant", ["NaN", "Infinity"])
+def test_an_index_with_a_scale_that_is_no_number_is_refused(
+    tmp_path: Path, recordings: Recordings, constant: str
+) -> None:
+    store, rows = write(tmp_path, recordings)
+    text = store.read_bytes("shards/train-00000.index.json").decode()
+    store.write_bytes("shards/train-00000.index.json", text.replace('"scale": 1.0', f'"scale": {constant}').encode())
+    with pytest.raises(DataError, match="positive numbers"):
+        SplitReader(store, rows)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows.pop(),
+        lambda rows: rows.append(rows[0]),
+        lambda rows: rows[0].pop("offset"),
+        lambda rows: rows.__setitem__(0, "sub-00_task-rest"),
+        lambda rows: rows.__setitem__(1, rows[0]),
+        lambda rows: rows[1].update(offset=rows[0]["offset"] + 128),
+        lambda rows: rows[0].update(offset=64),
+        lambda rows: rows[1].update(num_timepoints=400),
+    ],
+    ids=["fewer", "more", "no offset", "a text", "twice", "overlap", "in the header", "beyond the end"],
+)
+def test_an_index_that_contradicts_the_manifest_or_itself_is_refused(
+    tmp_path: Path, recordings: Recordings, change: Callable[[list[dict[str, Any]]], Any]
+) -> None:
+    store, rows = write(tmp_path, recordings)
+    edit_rows(store, "train-00000", change)
+    with pytest.raises(DataError, match=r"train-00000\.index\.json"):
+        SplitReader(store, rows)
+
+
+@pytest.mark.parametrize("index", [[], "x", None, {}, {"format_version": 1}])
+def test_an_index_of_another_form_is_refused(tmp_path: Path, recordings: Recordings, index: object) -> None:
+    store, rows = write(tmp_path, recordings)
+    store.write_json("shards/train-00000.index.json", index)
+    with pytest.raises(DataError, match="does not belong"):
+        SplitReader(store, rows)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "../train-00000"},
+        {"name": "/train-00000"},
+        {"name": "..\\train-00000"},
+        {"name": None},
+        {"num_bytes": 0},
+        {"num_bytes": -1},
+        {"num_bytes": 1e6},
+        {"num_recordings": 0},
+        {"num_recordings": "2"},
+        {"sha256": None},
+    ],
+    ids=str,
+)
+def test_a_manifest_with_impossible_shards_is_refused(
+    tmp_path: Path, recordings: Recordings, changes: dict[str, Any]
+) -> None:
+    store, rows = write(tmp_path, recordings)
+    with pytest.raises(DataError, match="expected a shard's name"):
+        SplitReader(store, [rows[0] | changes])
+
+
+def test_a_manifest_of_another_size_is_refused(tmp_path: Path, recordings: Recordings) -> None:
+    store, rows = write(tmp_path, recordings)
+    with pytest.raises(DataError, match="size"):
+        SplitReader(store, [rows[0] | {"num_bytes": rows[0]["num_bytes"] + 512}])
+
+
+def test_the_same_recording_in_two_shards_is_refused(tmp_path: Path, recordings: Recordings) -> None:
+    store, _ = write(tmp_path, recordings)
+    rows = [write_shard(store, shard_name("train", n), *encode_shard(recordings[:1], "float32")) for n in range(2)]
+    with pytest.raises(DataError, match="a recording id is there twice"):
+        SplitReader(store, rows)
+
+
+def test_shards_of_different_types_are_not_read_together(tmp_path: Path, recordings: Recordings) -> None:
+    store, rows = write(tmp_path, recordings)
+    rows[1] = write_shard(store, "train-00001", *encode_shard(recordings[2:], "float16"))
+    with pytest.raises(DataError, match="do not go together"):
+        SplitReader(store, rows)
+
+
+@pytest.mark.parametrize("name", ["../a", "/a", "a/b", "..", ".a", "a\nb", ""])
+def test_ids_that_are_paths_are_not_written(recordings: Recordings, name: str) -> None:
+    entry, bold = recordings[0]
+    with pytest.raises(DataError, match="recording id"):
+        encode_shard([(replace(entry, recording_id=name), bold)], "float32")
+
+
+@pytest.mark.parametrize("max_maps", [0, 128], ids=["opened", "mapped"])
+@pytest.mark.parametrize("what", ["offsets swapped", "ids swapped", "offset moved", "transposed", "halved"])
+def test_an_index_cannot_pass_one_recording_off_as_another(
+    tmp_path: Path, recordings: Recordings, what: str, max_maps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("brainlm.shards.MAX_MAPS", max_maps)
+    entry, _ = recordings[1]
+    same = replace(recordings[0][0], recording_id=entry.recording_id)
+    recordings[1] = (same, recordings[0][1] + np.float32(1))  # alike in all but the name
+
+    def change(rows: list[dict[str, Any]]) -> None:
+        one, two = rows
+        if what == "offsets swapped":
+            one["offset"], two["offset"] = two["offset"], one["offset"]
+        elif what == "ids swapped":
+            one["recording_id"], two["recording_id"] = two["recording_id"], one["recording_id"]
+        elif what == "offset moved":
+            one["offset"] += 4
+        elif what == "transposed":
+            one["num_timepoints"], one["num_parcels"] = one["num_parcels"], one["num_timepoints"]
+            two["num_timepoints"], two["num_parcels"] = two["num_parcels"], two["num_timepoints"]
+        else:
+            one["num_timepoints"] -= 1
+
+    store, rows = write(tmp_path, recordings)
+    edit_rows(store, "train-00000", change)
+    reader = SplitReader(store, rows[:1])
+    for _ in range(2):  # also when asked again
+        with pytest.raises(DataError, match="the tar does not"):
+            reader.window(0, 0, 5)
+
+
+Member = Callable[[tarfile.TarInfo], Any]
+
+
+@pytest.mark.parametrize(
+    "tamper",
+    [
+        lambda member: setattr(member, "name", "../" + member.name),
+        lambda member: setattr(member, "name", "/" + member.name),
+        lambda member: setattr(member, "name", member.name.replace("00", "99")),
+        lambda member: setattr(member, "type", tarfile.SYMTYPE),
+        lambda member: setattr(member, "type", tarfile.LNKTYPE),
+        lambda member: setattr(member, "type", tarfile.DIRTYPE),
+        lambda member: setattr(member, "size", member.size + 512),
+    ],
+    ids=["above", "absolute", "another name", "symbolic link", "hard link", "folder", "another size"],
+)
+def test_a_member_that_is_not_the_recording_is_refused(tmp_path: Path, recordings: Recordings, tamper: Member) -> None:
+    """The header of the first member is rewritten, with a correct checksum; manifest and index know the new bytes."""
+    tar, entries = encode_shard(recordings[:2], "float32")
+    start = entries[0].offset - 640
+    member = tarfile.TarInfo.frombuf(tar[start : start + 512], "utf-8", "strict")
+    tamper(member)
+    header = member.tobuf(tarfile.USTAR_FORMAT)
+    assert_refused(tmp_path, tar[:start] + header + tar[start + 512 :], entries)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b"'<f4'", b"'|O8'"),
+        (b"'<f4'", b"'>f4'"),
+        (b"'<f4'", b"'<i4'"),
+        (b"False", b"True "),
+        (b"(30, 7)", b"(7, 30)"),
+        (b"(30, 7)", b"(30,-7)"),
+        (b"NUMPY\x01", b"NUMPY\x03"),
+        (b"{'descr'", b"(" * 8),
+        (b"{'descr': '<f4'", b"__import__('os')"[:15]),
+    ],
+    ids=str,
+)
+def test_an_array_header_that_says_something_else_is_refused(
+    tmp_path: Path, recordings: Recordings, old: bytes, new: bytes
+) -> None:
+    tar, entries = encode_shard(recordings[:2], "float32")
+    assert len(new) == len(old)
+    assert old in tar[: entries[0].offset]
+    assert_refused(tmp_path, tar.replace(old, new, 1), entries)
+
+
+def test_noise_in_the_place_of_headers_is_refused(
+    tmp_path: Path, recordings: Recordings, rng: np.random.Generator
+) -> None:
+    tar, entries = encode_shard(recordings[:2], "float32")
+    for number in range(20):
+        start = entries[0].offset - 640
+        damaged = bytearray(tar)
+        length = int(rng.integers(8, 640))
+        damaged[start : start + length] = rng.bytes(length)
+        assert_refused(tmp_path / str(number), bytes(damaged), entries)
+
+
+def assert_refused(folder: Path, tar: bytes, entries: list[ShardEntry]) -> None:
+    store = Store(folder)
+    reader = SplitReader(store, [write_shard(store, "train-00000", tar, entries)])
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"sub-00_task-rest\.npy .* the tar does not"):
+            reader.recording(0)
+    reader.recording(1)  # the other one is as it was

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_hidden_values_cannot_influence_a_prediction(name: str, cohort: Cohort, 
     for window in windows:
         hidden = expand_mask(draw(window), cohort.num_parcels, cohort.window_len)
         noise = 100 * rng.standard_normal(window.bold_PW.shape).astype(np.float32)
-        changed.append(Window(window.ref, np.where(hidden, noise, window.bold_PW), window.sd_P, window.scored_P))
+        changed.append(replace(window, bold_PW=np.where(hidden, noise, window.bold_PW)))
     before = list(predict_windows(method, cohort, windows, draw, ("recording", "visible"), 2))
     after = list(predict_windows(method, cohort, changed, draw, ("recording", "visible"), 2))
     for (_, a), (_, b) in zip(before, after):
@@ -130,7 +131,7 @@ def _windows_of(cohort: Cohort, recording_id: str) -> list[Scored]:
 def test_visible_centring_ignores_a_shift_of_the_whole_recording(cohort: Cohort) -> None:
     method, draw = fitted("gaussian", cohort), draw_for(cohort)
     windows = list(cohort.windows(1))[:1]
-    moved = [Window(w.ref, w.bold_PW + np.float32(3.0), w.sd_P, w.scored_P) for w in windows]
+    moved = [replace(w, bold_PW=w.bold_PW + np.float32(3.0)) for w in windows]
     errors = []
     for some in (windows, moved):
         ((_, item),) = predict_windows(method, cohort, some, draw, ("visible",), 1)
@@ -157,8 +158,6 @@ def test_a_network_is_fed_in_the_units_of_its_own_contract(dataset: Dataset) -> 
         def reconstruct(self, windows_z, mask, present, refs):  # type: ignore[no-untyped-def]
             seen.append(windows_z.copy())
             return np.ones(windows_z.shape)
-
-    from dataclasses import replace
 
     contract = dataset.contract
     zero = np.zeros_like(contract.median)
