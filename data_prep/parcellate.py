@@ -1,30 +1,26 @@
 """Scans to parcel series: stream an image volume by volume into one sparse product a volume.
 
 Memory holds a few volumes, whatever the length of the scan. Before anything is averaged, the image must show that it
-lies in the template space of the atlas; a raw scan in its own space would give numbers for every parcel, all wrong.
+lies in the template space of the atlas (`data_prep.space_check`).
 """
 
 from __future__ import annotations
 
-import gzip
-import zlib
-from collections.abc import Iterator
+import itertools
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.errors import DataError
 from data_prep.atlas_image import AtlasImage, Grid
+from data_prep.nifti_stream import NiftiHeader, NiftiStream
 from data_prep.settings import CheckSettings
+from data_prep.space_check import check_claimed_space, check_overlap
 
-# The brain of the MNI templates, with a margin of about 15 mm: x right, y anterior, z superior.
-BRAIN_BOX_MM = np.array([[-90.0, 90.0], [-125.0, 95.0], [-90.0, 100.0]])
-BRIGHT = 0.2  # of the 98th percentile of the positive voxels: tissue rather than air
-XFORM_NAMES = {0: "unknown", 1: "scanner", 2: "aligned", 3: "Talairach", 4: "MNI152", 5: "template"}
-SECONDS_PER_UNIT = {"sec": 1.0, "msec": 1e-3, "usec": 1e-6, "unknown": 1.0}
 LONGEST_TR_S = 30.0  # a larger number is milliseconds in a header that says seconds
 TR_TOLERANCE = 2e-3  # relative: headers are float32 and sidecars are rounded
 
@@ -36,16 +32,25 @@ class Parcellated:
     Attributes
     ----------
     bold : ndarray, shape (T, P), float32
-        Mean over all voxels of the parcel on the image's grid, like nilearn's masker; NaN where coverage is 0.
+        Mean over all voxels of the parcel on the image's grid, like nilearn's masker, summed in float64. A parcel is
+        missing if and only if its column is NaN: its coverage is 0 or below ``checks.min_parcel_coverage``, or one of
+        its voxels is NaN (or infinite) now and then, which would put steps into the mean. A voxel that is never finite
+        counts as 0.
     coverage : ndarray, shape (P,), float32
-        Fraction of the parcel's voxels inside the field of view (on the atlas' own grid) times the fraction of its
-        voxels on the image's grid whose signal is finite in every volume and not 0 in all.
+        Measured for every parcel, missing or not: the fraction of its voxels inside the field of view (on the atlas'
+        own grid) times the fraction of its voxels on the image's grid whose signal is finite in every volume and not 0
+        in all.
     tr_s : float
+    tsnr : float or None
+        Temporal signal-to-noise ratio: the median, over a sample of the labelled voxels, of mean / standard deviation
+        over all volumes (divided by T). The sample is `Grid.sampled`, about every sixteenth labelled voxel, always the
+        same ones; voxels without variance or not always finite are left out. None if none is left.
     """
 
     bold: NDArray[np.float32]
     coverage: NDArray[np.float32]
     tr_s: float
+    tsnr: float | None
 
 
 def parcellate(
@@ -53,10 +58,13 @@ def parcellate(
 ) -> Parcellated:
     """Average an image over the parcels of an atlas.
 
+    The result does not depend on how the image is stored (order of axes, byte order, type, compression) but for the
+    rounding of what is stored, and is the same bits in every run. One thread computes while another decompresses.
+
     Parameters
     ----------
     path : path
-        ``.nii`` or ``.nii.gz``, 4-D, any numeric type, scaling and byte order.
+        4-D NIfTI-1 or NIfTI-2, ``.nii`` or ``.nii.gz``, integers or floats of any size, scaling and byte order.
     space : str
         Template space that the file's name or the settings claim; "" if none.
     tr_s : float or None
@@ -65,50 +73,24 @@ def parcellate(
     Raises
     ------
     DataError
-        With what was expected and found: not a 4-D image, cut off, no or two repetition times, not in a template space.
+        With what was expected and found: not a 4-D image, cut off, not what its header says, too large (limits in
+        `data_prep.nifti_stream`), no or two repetition times, not in a template space.
     """
-    image = _open(path)
-    header = image.header
-    shape: tuple[int, ...] = image.shape
-    if len(shape) != 4 or shape[3] < 2:
-        raise DataError(f"expected a 4-D image (x, y, z, time), found shape {shape}")
-    tr_s = _repetition_time(header, tr_s, tr_from)
-    affine = np.asarray(image.affine, dtype=np.float64)
-    _check_claimed_space(header, affine, space)
-    grid = atlas.on_grid(shape[:3], affine)
-    volumes = _volumes(Path(path), image)
-    first = next(volumes)
-    _check_overlap(first, grid, affine, shape, checks)
-    return _average(first, volumes, grid, shape[3], tr_s, checks)
+    with NiftiStream(path) as image, closing(image.volumes()) as volumes:
+        header = image.header
+        tr_s = _repetition_time(header.tr_s, tr_s, tr_from)
+        check_claimed_space(header, space)
+        grid = atlas.on_grid(header.shape, header.affine, space)
+        first = next(volumes)
+        check_overlap(first, header, atlas, grid, checks)
+        means = _Means(header, grid)
+        for volume in itertools.chain([first], volumes):
+            means.add(volume)
+    return means.result(tr_s, checks)
 
 
-def _open(path: str | Path) -> Any:
-    import nibabel
-    from nibabel.filebasedimages import ImageFileError
-    from nibabel.spatialimages import HeaderDataError
-
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no file {path.name}")
-    try:
-        image: Any = nibabel.load(path)
-    except (ImageFileError, HeaderDataError) as error:
-        raise DataError(f"not a readable NIfTI image: {error}") from error
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"the image cannot be read: {error}") from error
-    if not isinstance(image, nibabel.Nifti1Image):  # Nifti2Image is one
-        raise DataError(f"expected a NIfTI volume image, found {type(image).__name__}")
-    if image.header.get_data_dtype().kind not in "iuf":
-        raise DataError(f"voxels of type {image.header.get_data_dtype()} are not a signal")
-    return image
-
-
-def _repetition_time(header: Any, tr_s: float | None, tr_from: str) -> float:
-    unit = header.get_xyzt_units()[1]
-    if unit not in SECONDS_PER_UNIT:
-        raise DataError(f"the header's fourth axis is in {unit}, not in seconds")
-    in_header = float(header["pixdim"][4]) * SECONDS_PER_UNIT[unit]
-    if not (np.isfinite(in_header) and in_header > 0):
+def _repetition_time(in_header: float | None, tr_s: float | None, tr_from: str) -> float:
+    if in_header is None:
         if tr_s is None:
             raise DataError("no repetition time: the header has none, and neither sidecar nor table gives it")
         return tr_s
@@ -119,108 +101,98 @@ def _repetition_time(header: Any, tr_s: float | None, tr_from: str) -> float:
     return in_header if tr_s is None else tr_s
 
 
-def _check_claimed_space(header: Any, affine: NDArray[np.float64], space: str) -> None:
-    codes = int(header["qform_code"]), int(header["sform_code"])
-    found = f"qform {XFORM_NAMES.get(codes[0], codes[0])}, sform {XFORM_NAMES.get(codes[1], codes[1])}"
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-6:
-        raise DataError(f"the image's affine is not usable ({found})")
-    if space and not space.startswith("MNI"):
-        raise DataError(f"native space: expected an image in an MNI template space, its name says space-{space}")
-    if max(codes) == 0:
-        raise DataError(f"the image has no affine ({found}): its place in a template space is unknown")
-    if not space and max(codes) < 2:
-        raise DataError(
-            f"native space: no template space is claimed for the image, its coordinates are the scanner's ({found}). "
-            "Normalise it to the atlas' template first; if it is, set source.space"
-        )
+class _Means:
+    """Parcel means, coverage and temporal signal-to-noise ratio of volumes that come one by one.
 
+    Sums are taken over stored values, as if these were the voxels, and scaled afterwards: a mean is linear.
+    """
 
-def _check_overlap(
-    volume: NDArray[Any], grid: Grid, affine: NDArray[np.float64], shape: tuple[int, ...], checks: CheckSettings
-) -> None:
-    """Refuse an image whose signal does not lie where the atlas and the template's brain are."""
-    magnitude = np.nan_to_num(np.abs(volume.astype(np.float32)), nan=0.0, posinf=0.0)
-    positive = magnitude[magnitude > 0]
-    if positive.size == 0:
-        raise DataError("the first volume has no signal at all")
-    bright = np.flatnonzero(magnitude > BRIGHT * np.percentile(positive, 98))
-    ijk = np.stack(np.unravel_index(bright, shape[:3], order="F"))
-    mm = affine[:3, :3] @ ijk + affine[:3, 3:]
-    inside = ((mm >= BRAIN_BOX_MM[:, :1]) & (mm <= BRAIN_BOX_MM[:, 1:])).all(axis=0)
-    outside = 1.0 - float(inside.mean())
-    seen = np.bincount(grid.columns, weights=magnitude[grid.voxels] > 0, minlength=len(grid.in_view)) > 0
-    if outside > checks.max_outside_brain:
-        raise DataError(
-            f"not in a template space: {outside:.0%} of the bright voxels lie outside the template's brain "
-            f"(at most {checks.max_outside_brain:.0%}), and {seen.sum()} of {len(seen)} parcels have signal"
-        )
-    if seen.mean() < checks.min_parcels:
-        raise DataError(
-            f"not in the template space of the atlas, or a partial field of view: {seen.sum()} of {len(seen)} parcels "
-            f"have signal, expected at least {checks.min_parcels:.0%}"
-        )
+    def __init__(self, header: NiftiHeader, grid: Grid) -> None:
+        from scipy.sparse import csr_array
 
+        num_voxels, num_parcels = len(grid.voxels), len(grid.num_voxels)
+        self._header, self._grid = header, grid
+        where = (grid.columns, np.arange(num_voxels))
+        self._sum = csr_array((np.ones(num_voxels), where), shape=(num_parcels, num_voxels))
+        self._bold = np.full((header.num_volumes, num_parcels), np.nan, dtype=np.float32)
+        self._num_added = 0
+        self._stored = np.empty(num_voxels, dtype=header.dtype)
+        self._values = np.empty(num_voxels)
+        self._never_signal = np.arange(num_voxels)  # positions of the voxels that were 0 in every volume so far
+        self._num_bad: NDArray[np.int32] | None = None  # volumes in which each voxel was not finite; None = always 0
+        # Sums of the sampled voxels less their first value, and of the squares: accurate however large the mean is.
+        self._first = np.zeros(len(grid.sampled))
+        self._shifted, self._squares = np.zeros((2, len(grid.sampled)))
 
-def _open_stream(path: Path) -> IO[bytes]:
-    if path.suffix == ".gz":
-        try:
-            from isal import igzip  # type: ignore[import-not-found]  # 2-3 times faster than zlib, where it is installed
-        except ImportError:
-            return cast(IO[bytes], gzip.open(path, "rb"))
-        return cast(IO[bytes], igzip.open(path, "rb"))
-    return path.open("rb")
+    def add(self, volume: NDArray[Any]) -> None:
+        """Take the next volume, as stored, flat."""
+        np.take(volume, self._grid.voxels, out=self._stored, mode="clip")  # all are in range; "raise" would copy
+        with np.errstate(all="ignore"):  # what is not finite in the end is dealt with there
+            np.copyto(self._values, self._stored)
+            self._bold[self._num_added] = self._parcel_sums() / self._grid.num_voxels
+            self._update_signal()
+            self._update_variance()
+        self._num_added += 1
 
+    def _parcel_sums(self) -> NDArray[np.float64]:
+        """Return the sum of the scaled voxels of each parcel; voxels that are not finite become 0, and are counted."""
+        header, grid, values = self._header, self._grid, self._values
+        sums = self._sum @ values
+        num_good = grid.num_voxels
+        # One voxel that is not finite makes its parcel's sum so; integers always are.
+        if header.dtype.kind == "f" and not np.isfinite(sums).all():
+            bad = ~np.isfinite(values)
+            values[bad] = 0.0
+            sums = self._sum @ values
+            num_good = num_good - np.bincount(grid.columns, weights=bad, minlength=len(num_good))
+            if self._num_bad is None:
+                self._num_bad = np.zeros(len(values), dtype=np.int32)
+            self._num_bad += bad
+        return np.asarray(header.slope * sums + header.inter * num_good if header.is_scaled else sums)
 
-def _volumes(path: Path, image: Any) -> Iterator[NDArray[Any]]:
-    """Yield each volume as stored values, flat, first axis fastest; the whole stream is read, so that a cut shows."""
-    dtype = image.header.get_data_dtype()
-    num_voxels, num_volumes = int(np.prod(image.shape[:3])), image.shape[3]
-    slope, inter = image.dataobj.slope, image.dataobj.inter
-    nbytes = num_voxels * dtype.itemsize
-    with _open_stream(path) as stream:
-        for number in range(num_volumes):
-            try:
-                if number == 0:
-                    stream.read(image.dataobj.offset)
-                data = stream.read(nbytes)
-                if number == num_volumes - 1:
-                    stream.read(1)  # the end of a gzip stream carries its checksum
-            except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-                raise DataError(f"damaged or cut off in volume {number + 1} of {num_volumes}: {error}") from error
-            if len(data) < nbytes:
-                raise DataError(f"cut off: the file ends in volume {number + 1} of {num_volumes}")
-            values = np.frombuffer(data, dtype=dtype)
-            yield values if slope == 1.0 and inter == 0.0 else values * np.float64(slope) + np.float64(inter)
+    def _update_signal(self) -> None:
+        if len(self._never_signal):
+            silent = self._values[self._never_signal] * self._header.slope + self._header.inter == 0.0
+            self._never_signal = self._never_signal[silent]
 
+    def _update_variance(self) -> None:
+        sample = self._values[self._grid.sampled]
+        if self._num_added == 0:
+            self._first = sample
+            return
+        sample = sample - self._first
+        self._shifted += sample
+        self._squares += sample * sample
 
-def _average(
-    first: NDArray[Any], rest: Iterator[NDArray[Any]], grid: Grid, num_volumes: int, tr_s: float, checks: CheckSettings
-) -> Parcellated:
-    from scipy.sparse import csr_array
+    def result(self, tr_s: float, checks: CheckSettings) -> Parcellated:
+        """Return what came of all volumes."""
+        grid, num_volumes = self._grid, self._header.num_volumes
+        assert self._num_added == num_volumes
+        on_grid = grid.num_voxels > 0
+        if not np.isfinite(self._bold[:, on_grid]).all():
+            volume = int(np.flatnonzero(~np.isfinite(self._bold[:, on_grid]).all(axis=1))[0])
+            raise DataError(f"volume {volume + 1} of {num_volumes} has values too large for a signal (float32)")
+        good = np.ones(len(grid.voxels), dtype=bool)
+        good[self._never_signal] = False
+        broken = np.zeros(len(grid.voxels), dtype=bool)
+        if self._num_bad is not None:
+            good &= self._num_bad == 0
+            broken = (self._num_bad > 0) & (self._num_bad < num_volumes)
+        num_good = np.bincount(grid.columns, weights=good, minlength=len(on_grid))
+        coverage = num_good / np.maximum(grid.num_voxels, 1) * grid.in_view
+        missing = (coverage == 0.0) | (coverage < checks.min_parcel_coverage)
+        missing |= np.bincount(grid.columns, weights=broken, minlength=len(on_grid)) > 0
+        self._bold[:, missing] = np.nan
+        return Parcellated(bold=self._bold, coverage=coverage.astype(np.float32), tr_s=tr_s, tsnr=self._tsnr())
 
-    num_parcels = len(grid.num_voxels)
-    ones = np.ones(len(grid.voxels))
-    sums = csr_array((ones, (grid.columns, np.arange(len(grid.voxels)))), shape=(num_parcels, len(grid.voxels)))
-    totals = np.zeros((num_volumes, num_parcels))
-    num_finite = np.zeros(len(grid.voxels), dtype=np.int32)
-    has_signal = np.zeros(len(grid.voxels), dtype=bool)
-    volume: NDArray[Any] | None = first
-    for number in range(num_volumes):
-        assert volume is not None
-        values = volume[grid.voxels].astype(np.float64)
-        finite = np.isfinite(values)
-        if not finite.all():
-            values[~finite] = 0.0
-        num_finite += finite
-        has_signal |= values != 0.0
-        totals[number] = sums @ values
-        volume = next(rest, None)
-    # A voxel that is NaN now and then would put steps into the mean: such a parcel is missing.
-    broken = np.bincount(grid.columns, weights=(num_finite > 0) & (num_finite < num_volumes), minlength=num_parcels)
-    good = np.bincount(grid.columns, weights=has_signal, minlength=num_parcels)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        bold = (totals / grid.num_voxels).astype(np.float32)
-        coverage = np.where(grid.num_voxels > 0, good / grid.num_voxels, 0.0) * grid.in_view
-    coverage[(broken > 0) | (coverage < checks.min_parcel_coverage)] = 0.0
-    bold[:, coverage == 0.0] = np.nan
-    return Parcellated(bold=bold, coverage=coverage.astype(np.float32), tr_s=tr_s)
+    def _tsnr(self) -> float | None:
+        num = self._num_added
+        with np.errstate(all="ignore"):
+            variance = (self._squares - self._shifted**2 / num) / num
+            mean = self._header.slope * (self._first + self._shifted / num) + self._header.inter
+        usable = (variance > 0) & np.isfinite(variance) & np.isfinite(mean)
+        if self._num_bad is not None:
+            usable &= self._num_bad[self._grid.sampled] == 0
+        if not usable.any():
+            return None
+        return float(np.median(mean[usable] / (abs(self._header.slope) * np.sqrt(variance[usable]))))

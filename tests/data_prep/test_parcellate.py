@@ -1,6 +1,7 @@
 """Scans to parcels: the same numbers whatever the form of the file; refusals that say why."""
 
 import gzip
+import tracemalloc
 
 import nibabel
 import numpy as np
@@ -46,13 +47,15 @@ def test_coordinates_are_centres_of_mass_in_mm(toy, atlas):
 
 
 def test_table_gives_names_by_label_and_coordinates(toy):
-    rows = "\n".join(f"{label}\tp{label}\t{i}\t0\t1" for i, label in enumerate(LABELS))
+    places = {label: LAS[:3, :3] @ np.argwhere(toy.labels == label)[0] + LAS[:3, 3] for label in LABELS}
+    rows = "\n".join(f"{label}\tp{label}\t{x}\t{y}\t{z}" for label, (x, y, z) in places.items())
     (toy.folder / "xyz.tsv").write_text(f"index\tname\tx_mm\ty_mm\tz_mm\n999\textra\t0\t0\t0\n{rows}\n")
     atlas = load_atlas(
         AtlasSettings(image=str(toy.folder / "atlas.nii.gz"), name="toy", labels=str(toy.folder / "xyz.tsv"))
     )
     assert atlas.atlas.parcel_names == ("p3", "p7", "p130", "p300", "extra", "p1000", "p1001")  # by label
-    assert atlas.atlas.coords_mm[:, 0].tolist() == [0, 1, 2, 3, 0, 4, 5]
+    assert atlas.atlas.coords_mm[[0, 1, 2, 3, 5, 6]].tolist() == [place.tolist() for place in places.values()]
+    assert atlas.atlas.coords_mm[4].tolist() == [0, 0, 0]
     assert "parcels that nothing covers: [999]" in atlas.warnings[0]
 
 
@@ -152,8 +155,174 @@ def test_voxels_without_signal_lower_the_coverage(toy, atlas, series):
     volume[toy.labels == 300] = np.nan
     volume[4, 2, 5, 7] = np.nan  # one voxel, one volume: a step in the mean of the first parcel
     found = run(toy.write_image(toy.folder / "a.nii.gz", volume), atlas)
-    np.testing.assert_allclose(found.coverage, [0, 0.5, 1, 0, 1, 1])
+    np.testing.assert_allclose(found.coverage, [59 / 60, 0.5, 1, 0, 1, 1])
     assert np.isnan(found.bold[:, [0, 3]]).all()
+    assert np.isfinite(found.bold[:, [1, 2, 4, 5]]).all()
+
+
+def test_coverage_is_measured_below_the_limit_too_and_the_parcel_is_missing(toy, atlas, series):
+    volume = toy.paint(series)
+    volume[3:8][toy.labels[3:8] == 7] = 0  # five sixths of the parcel
+    path = toy.write_image(toy.folder / "a.nii.gz", volume)
+    for limit, is_missing in ((0.25, True), (0.1, False)):
+        found = run(path, atlas, min_parcel_coverage=limit)
+        np.testing.assert_allclose(found.coverage, [1, 1 / 6, 1, 1, 1, 1])
+        assert np.isnan(found.bold).all(axis=0).tolist() == [False, is_missing, False, False, False, False]
+        assert np.isnan(found.bold).any(axis=0).tolist() == np.isnan(found.bold).all(axis=0).tolist()
+
+
+def test_signal_that_begins_late_is_signal(toy, atlas, series):
+    volume = toy.paint(series)
+    volume[..., :19][toy.labels == 130] = 0
+    volume[4, 4, 5] = 0  # one voxel of the second parcel, never
+    found = run(toy.write_image(toy.folder / "a.nii.gz", volume), atlas)
+    np.testing.assert_allclose(found.coverage, [1, 59 / 60, 1, 1, 1, 1])
+
+
+def test_zero_after_scaling_is_no_signal(toy, atlas, series):
+    volume = toy.paint(series)
+    volume[toy.labels == 7] = 0
+    path = toy.write_image(toy.folder / "a.nii.gz", volume, dtype=np.int16, slope=(0.5, 10.0))
+    np.testing.assert_array_equal(run(path, atlas).coverage, [1, 0, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("slope", [None, (2.0, 5.0)])
+def test_voxels_that_are_never_finite_count_as_zero(toy, atlas, series, slope):
+    """As nilearn's masker has it for NaN; infinity of either sign is no better."""
+    volume = toy.paint(series)
+    volume[3, 2, 4], volume[3, 2, 5], volume[3, 2, 6] = np.nan, np.inf, -np.inf
+    path = toy.write_image(toy.folder / "a.nii.gz", volume)
+    if slope is not None:
+        image = nibabel.load(path)
+        data = path.with_name("b.nii")
+        image.header.set_slope_inter(*slope)
+        image.header["vox_offset"] = 352
+        data.write_bytes(image.header.binaryblock + bytes(4) + volume.astype("<f4").tobytes(order="F"))
+        path = data
+    found = run(path, atlas)
+    scaled = series.astype(np.float32) * 2.0 + 5.0 if slope else series
+    np.testing.assert_allclose(found.bold[:, 0], scaled[:, 0] * 57 / 60, rtol=1e-6)
+    np.testing.assert_allclose(found.bold[:, 1:], scaled[:, 1:], rtol=1e-6)
+    np.testing.assert_allclose(found.coverage, [57 / 60, 1, 1, 1, 1, 1])
+
+
+@pytest.mark.parametrize("value", [1e200, 1.7e308])
+def test_values_beyond_float32_are_refused(toy, atlas, series, value):
+    volume = toy.paint(series)
+    volume[4, 2, 5, 7] = volume[4, 3, 5, 7] = value
+    path = toy.write_image(toy.folder / "a.nii.gz", volume, dtype=np.float64)
+    with pytest.raises(DataError, match="volume 8 of 20 has values too large"):
+        run(path, atlas)
+
+
+TYPES = ["i1", "u1", "i2", "u2", "i4", "u4", "i8", "u8", "f4", "f8"]
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("slope", [None, (0.25, -3.0), (-2.0, 100.0)])
+def test_means_equal_scaling_each_voxel_first_at_float64(toy, atlas, rng, dtype, slope):
+    volume = rng.uniform(1, 120, size=(12, 14, 12, 5))
+    paths = []
+    for big_endian in (False, True):
+        header = nibabel.Nifti1Header(endianness="<>"[big_endian])
+        stored = volume.astype(np.dtype(dtype).newbyteorder("<>"[big_endian]))
+        header.set_data_dtype(stored.dtype)
+        header.set_data_shape(stored.shape)
+        header["pixdim"][4], header["magic"], header["vox_offset"] = 2.0, b"n+1", 352
+        header.set_sform(LAS, 4)
+        if slope:
+            header.set_slope_inter(*slope)
+        paths.append(toy.folder / f"{big_endian}.nii")
+        paths[-1].write_bytes(header.binaryblock + bytes(4) + stored.tobytes(order="F"))
+    found = [run(path, atlas, max_outside_brain=1.0) for path in paths]
+    scaled = np.asarray(nibabel.load(paths[0]).get_fdata(dtype=np.float64))
+    expected = np.stack([scaled[toy.labels == label].mean(axis=0) for label in LABELS], axis=1)
+    np.testing.assert_allclose(found[0].bold, expected, rtol=1.2e-7)
+    np.testing.assert_array_equal(found[0].bold, found[1].bold)
+    voxels = scaled[toy.labels > 0]
+    np.testing.assert_allclose(found[0].tsnr, np.median(voxels.mean(1) / voxels.std(1)), rtol=1e-9)
+
+
+def test_every_run_gives_the_same_bits_compressed_or_not(toy, atlas, series, rng):
+    volume = toy.paint(series) + rng.normal(size=(12, 14, 12, 20))
+    paths = [toy.write_image(toy.folder / name, volume) for name in ("a.nii", "b.nii.gz", "c.nii.gz")]
+    first, *others = [run(path, atlas) for path in paths + paths]
+    for other in others:
+        assert other.bold.tobytes() == first.bold.tobytes()
+        assert other.tsnr == first.tsnr
+
+
+def test_means_agree_with_nilearn(toy, atlas, series, rng):
+    from nilearn.maskers import NiftiLabelsMasker
+
+    path = toy.write_image(toy.folder / "a.nii.gz", toy.paint(series) + rng.normal(size=(12, 14, 12, 20)))
+    masker = NiftiLabelsMasker(str(toy.folder / "atlas.nii.gz"), standardize=None, reports=False)
+    np.testing.assert_allclose(run(path, atlas).bold, masker.fit_transform(str(path)), rtol=1e-5)
+
+
+def test_cleaning_parcel_means_equals_averaging_cleaned_voxels(toy, atlas, rng):
+    """Any linear operation over time may come after the means: regression, filters, resampling."""
+    volume = 1000 + 50 * rng.normal(size=(12, 14, 12, 20)).cumsum(axis=-1)
+    operator = rng.normal(size=(15, 20)) / np.sqrt(20)
+    found = run(toy.write_image(toy.folder / "a.nii.gz", volume, dtype=np.float64), atlas, max_outside_brain=1.0)
+    cleaned = volume @ operator.T
+    expected = np.stack([cleaned[toy.labels == label].mean(axis=0) for label in LABELS], axis=1)
+    np.testing.assert_allclose(operator @ found.bold.astype(np.float64), expected, atol=2e-7 * 1500 * 5)
+    assert expected.std() > 100
+
+
+def test_tsnr_of_large_means_is_that_of_numpy(toy, atlas, rng):
+    volume = np.round(30000 + rng.normal(scale=2.0, size=(12, 14, 12, 50)))
+    path = toy.write_image(toy.folder / "a.nii.gz", volume, dtype=np.int16, slope=(1.0, 0.0))
+    voxels = volume[toy.labels > 0]
+    expected = np.median(voxels.mean(axis=1) / voxels.std(axis=1))
+    np.testing.assert_allclose(run(path, atlas, max_outside_brain=1.0).tsnr, expected, rtol=1e-10)
+
+
+def test_tsnr_leaves_out_voxels_that_are_constant_or_not_always_finite(toy, atlas, series, rng):
+    volume = toy.paint(series)
+    volume[toy.labels == 3] = 5.0
+    volume[4, 4, 5, 7] = np.nan
+    voxels = volume[(toy.labels > 3) & np.isfinite(volume).all(axis=-1)]
+    found = run(toy.write_image(toy.folder / "a.nii.gz", volume, dtype=np.float64), atlas)
+    np.testing.assert_allclose(found.tsnr, np.median(voxels.mean(axis=1) / voxels.std(axis=1)), rtol=1e-10)
+    still = toy.paint(np.repeat(series[:1], 20, axis=0))
+    assert run(toy.write_image(toy.folder / "b.nii.gz", still), atlas).tsnr is None
+
+
+def test_tsnr_of_a_large_image_is_near_that_of_all_voxels_and_independent_of_storage(toy, atlas, rng):
+    affine = LAS.copy()
+    affine[:3, :3] /= 4
+    affine[:3, 3] -= affine[:3, :3].sum(axis=1) * 1.5
+    shape = (48, 56, 48)
+    noise = rng.uniform(5, 20, size=shape)[..., None] * rng.normal(size=(*shape, 12))
+    volume = np.round(1000 + noise)
+    path = toy.write_image(toy.folder / "a.nii", volume, dtype=np.int16, slope=(1.0, 0.0), affine=affine)
+    straight = run(path, atlas)
+    grid = atlas.on_grid(shape, affine)
+    assert len(grid.voxels) > 15 * len(grid.sampled) > 0
+    voxels = volume.reshape(-1, 12, order="F")[grid.voxels]
+    np.testing.assert_allclose(straight.tsnr, np.median(voxels.mean(1) / voxels.std(1)), rtol=0.05)
+    flipped = affine.copy()
+    flipped[:3, 3] += flipped[:3, 0] * (shape[0] - 1)
+    flipped[:3, 0] *= -1
+    turned = np.flip(volume, 0).transpose(2, 0, 1, 3)
+    permuted = flipped[:, [2, 0, 1, 3]]
+    path = toy.write_image(toy.folder / "b.nii", turned, dtype=np.int16, slope=(1.0, 0.0), affine=permuted)
+    found = run(path, atlas)
+    assert found.tsnr == straight.tsnr
+    np.testing.assert_array_equal(found.bold, straight.bold)  # sums of integers are exact
+
+
+def test_memory_does_not_grow_with_the_length_beyond_the_series(toy, atlas, rng):
+    peaks = []
+    for number in (10, 10, 200):
+        path = toy.write_image(toy.folder / f"{number}.nii.gz", toy.paint(toy.write_series(rng, number)))
+        tracemalloc.start()
+        run(path, atlas)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[2] < peaks[1] + 200 * 6 * 8 + 100_000  # 190 more volumes are 1.5 MB
 
 
 def cut(path, num_bytes):
