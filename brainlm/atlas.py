@@ -15,6 +15,7 @@ from brainlm.errors import DataError
 
 COORD_DECIMALS = 3  # micrometres
 MAX_LISTED = 5  # how many differing parcels an error message spells out
+HEMISPHERES = ("L", "R", "B", "")  # left, right, both, none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -37,6 +38,8 @@ class Atlas:
         Functional network of each parcel ("" = none), where the atlas carries them.
     space : str
         BIDS name of the template space, "" if unknown.
+    hemispheres : tuple of str or None
+        "L", "R", "B" (both) or "" (none, such as the brain stem) for each parcel, where the atlas carries them.
     """
 
     name: str
@@ -46,6 +49,7 @@ class Atlas:
     coords_mm: NDArray[np.float32]
     networks: tuple[str, ...] | None = None
     space: str = ""
+    hemispheres: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         labels = np.asarray(self.labels, dtype=np.int64)
@@ -69,6 +73,13 @@ class Atlas:
                 raise DataError(f"atlas {self.name}: {what}s must be unique, found twice: {', '.join(twice)}")
         if self.networks is not None and len(self.networks) != count:
             raise DataError(f"atlas {self.name}: {count} parcels but {len(self.networks)} network names")
+        if self.hemispheres is not None:
+            if len(self.hemispheres) != count:
+                raise DataError(f"atlas {self.name}: {count} parcels but {len(self.hemispheres)} hemispheres")
+            if unknown := sorted({str(v) for v in self.hemispheres} - set(HEMISPHERES)):
+                raise DataError(
+                    f'atlas {self.name}: a hemisphere is L, R, B or "", found {", ".join(unknown[:MAX_LISTED])}'
+                )
 
     @property
     def num_parcels(self) -> int:
@@ -113,11 +124,12 @@ class Atlas:
             "parcel_names": list(self.parcel_names),
             "coords_mm": [[round(float(v), COORD_DECIMALS) for v in row] for row in self.coords_mm],
             "networks": None if self.networks is None else list(self.networks),
+            "hemispheres": None if self.hemispheres is None else list(self.hemispheres),
         }
 
     @classmethod
     def from_json(cls, tree: dict[str, Any]) -> Atlas:
-        networks = tree.get("networks")
+        networks, hemispheres = tree.get("networks"), tree.get("hemispheres")
         return cls(
             name=tree["name"],
             sha256=tree["sha256"],
@@ -126,4 +138,5 @@ class Atlas:
             parcel_names=tuple(tree["parcel_names"]),
             coords_mm=np.asarray(tree["coords_mm"], dtype=np.float32),
             networks=None if networks is None else tuple(networks),
+            hemispheres=None if hemispheres is None else tuple(hemispheres),
         )
