@@ -62,7 +62,17 @@ def open_dataset(url: str) -> Dataset:
         raise DataError(
             f"{url}: expected a data set of format {FORMAT_VERSION}, found {manifest.get('format_version')!r}"
         )
+    check_no_withdrawal(manifest, url)
     contract = InputContract.from_json(
         store.read_json(input_contract.FILE_NAME), store.url_of(input_contract.FILE_NAME)
     )
     return Dataset(store=store, manifest=manifest, contract=contract)
+
+
+def check_no_withdrawal(manifest: dict[str, Any], url: str) -> None:
+    """Raise `DataError` if subjects were being removed when the program was stopped: nothing fits together then."""
+    if (manifest.get("withdrawn") or {}).get("pending"):
+        raise DataError(
+            f"{url}: the withdrawal of subjects was stopped before its end; give the same command with withdraw=FILE "
+            "again"
+        )

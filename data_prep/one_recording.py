@@ -2,8 +2,10 @@
 
 ::
 
-    <out>/staging/<hash of settings and atlas>/<recording_id>.npz     bold (T, P), coverage (P,)
+    <out>/staging/<hash of settings and atlas>/<recording_id>.npz     bold (T, P), coverage (P,), keep_mask (T,)
                                                <recording_id>.json    its row, written last: a staged recording has both
+
+A refused recording has its row alone, so that it is not read again either.
 """
 
 from __future__ import annotations
@@ -12,8 +14,10 @@ import hashlib
 import io
 import json
 import logging
+import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,20 +26,23 @@ from numpy.typing import NDArray
 from brainlm.errors import DataError, StoreError
 from brainlm.store import Store, sha256_of_file
 from data_prep.atlas_image import AtlasImage
-from data_prep.clean import clean, mean_fd_mm, read_confounds, select_confounds
-from data_prep.parcellate import LONGEST_TR_S, parcellate
-from data_prep.quality import dvars_z, lag1_autocorrelation
-from data_prep.read_series import missing_columns, read_series
+from data_prep.clean import clean, degrees_of_freedom
+from data_prep.confounds import read_confounds
+from data_prep.local_input import local_input
+from data_prep.quality import quality_row, refusal
+from data_prep.read_recording import read_recording
+from data_prep.read_series import missing_columns
 from data_prep.resample import is_same_tr, resample
 from data_prep.settings import CheckSettings, CleanSettings, Orientation
-from data_prep.source_entry import IMAGE_SUFFIXES, SourceEntry
+from data_prep.source_entry import SourceEntry
 
 logger = logging.getLogger(__name__)
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """What is done to every recording, and where the results are staged."""
+    """What is done to every recording, and where the results are staged. ``target_tr_s`` None keeps each one's TR."""
 
     atlas: AtlasImage
     clean: CleanSettings
@@ -46,154 +53,148 @@ class Recipe:
     staging: Store
 
 
+@dataclass(frozen=True, eq=False)
+class Staged:
+    """A prepared recording: ``bold (T, P)`` float32, NaN in missing parcels, ``coverage (P,)``, ``keep_mask (T,)``."""
+
+    bold: NDArray[np.float32]
+    coverage: NDArray[np.float32]
+    keep_mask: NDArray[np.bool_]
+
+    @property
+    def missing(self) -> NDArray[np.bool_]:
+        """Shape (P,): True where the parcel carries no signal."""
+        return np.asarray(np.isnan(self.bold[0]))
+
+
 class _Refused(Exception):
     def __init__(self, stage: str, reason: str) -> None:
         super().__init__(reason)
         self.stage = stage
 
 
-def prepare_recording(recipe: Recipe, entry: SourceEntry) -> dict[str, Any]:
+def prepare_recording(recipe: Recipe, entry: SourceEntry) -> Row:
     """Stage one recording, or say why not; bad data never raises.
 
     Returns
     -------
     dict
-        A row of ``recordings.parquet`` with ``status`` prepared, or ``status`` refused with ``stage`` and ``reason``.
+        A row of ``recordings.parquet`` with ``status`` prepared, or ``status`` refused with ``stage`` and ``reason``;
+        ``reused`` is True where the work was done before.
 
     Raises
     ------
     StoreError
-        If the result cannot be written.
+        If input or output storage fails: that is not the recording's fault, and the same command goes on later.
     """
     stamp = _stamp(entry)
-    staged = _staged_row(recipe.staging, entry.recording_id, stamp)
-    if staged is not None:
-        return staged
+    before = _staged_row(recipe, entry.recording_id, stamp)
+    if before is not None:
+        return before | {"reused": True}
     try:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         with threadpool_limits(1):  # the order of sums, and so the last bit, must not depend on the number of threads
-            bold, coverage, row = _prepare(recipe, entry)
-    except _Refused as refusal:
-        return _refused(entry, refusal.stage, str(refusal))
-    except StoreError:
+            staged, row = _prepare(recipe, entry)
+    except _Refused as refused:
+        row = refused_row(entry, refused.stage, str(refused))
+        _write_row(recipe, stamp, row)
+        return row | {"reused": False}
+    except (StoreError, MemoryError):
         raise
     except Exception as error:  # one strange file must not end the work on all others; it is counted as refused
         logger.exception("%s: unexpected error", entry.recording_id)
-        return _refused(entry, "internal", f"internal: {type(error).__name__}: {error}")
+        return refused_row(entry, "internal", f"internal: {type(error).__name__}: {error}") | {"reused": False}
     buffer = io.BytesIO()
-    np.savez(buffer, bold=bold, coverage=coverage)
-    recipe.staging.write_bytes(f"{entry.recording_id}.npz", buffer.getvalue())
-    recipe.staging.write_json(f"{entry.recording_id}.json", {"stamp": stamp, "row": row})
-    return row
+    np.savez(buffer, bold=staged.bold, coverage=staged.coverage, keep_mask=staged.keep_mask)
+    recipe.staging.write_bytes(f"{entry.recording_id}.npz", buffer.getbuffer())
+    _write_row(recipe, stamp, row)
+    return row | {"reused": False}
 
 
-def load_staged(staging: Store, recording_id: str) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return ``bold`` (T, P), NaN in missing parcels, and ``coverage`` (P,), 0 there."""
-    with np.load(io.BytesIO(staging.read_bytes(f"{recording_id}.npz")), allow_pickle=False) as arrays:
-        return arrays["bold"], arrays["coverage"]
+def load_staged(staging: Store, recording_id: str) -> Staged:
+    """Return one staged recording."""
+    try:
+        with np.load(io.BytesIO(staging.read_bytes(f"{recording_id}.npz")), allow_pickle=False) as arrays:
+            return Staged(arrays["bold"], arrays["coverage"], arrays["keep_mask"])
+    except (zipfile.BadZipFile, KeyError, ValueError) as error:
+        raise StoreError(
+            f"{staging.url_of(recording_id)}.npz is damaged ({error}): remove the staging folder and run again"
+        ) from error
 
 
-def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[NDArray[np.float32], NDArray[np.float32], dict[str, Any]]:
+def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
     if entry.refusal:
         raise _Refused("source", entry.refusal)
-    with _stage("read"):
-        bold, coverage, tr_s = _read(recipe, entry)
-        _check_tr(tr_s, entry)
-    missing = (coverage <= 0) | missing_columns(bold)
+    with ExitStack() as inputs:
+        with _stage("read"):
+            file = inputs.enter_context(local_input(entry.file))
+            found = read_recording(file, entry, recipe.atlas, recipe.orientation, recipe.checks)
+        bold, coverage, tr_s = found.bold, found.coverage, found.tr_s
+        with _stage("confounds"):
+            confounds_file = inputs.enter_context(local_input(entry.confounds)) if entry.confounds else None
+            confounds = read_confounds(confounds_file, recipe.clean, len(bold), denoised=entry.denoised)
+        source_sha256 = sha256_of_file(file)
+        confounds_sha256 = "" if confounds_file is None else sha256_of_file(confounds_file)
+    missing = missing_columns(bold)
+    num_constant = int((missing & np.isfinite(bold).all(axis=0)).sum())
     _check_missing(missing, recipe.checks)
     as_read = series_sha256(np.where(missing, np.float32(np.nan), bold))
-    bold = np.where(missing, np.float32(0.0), bold)
-    fd_mm = entry.mean_fd_mm
+    first = confounds.num_dummy_scans
+    bold, keep_mask = np.where(missing, np.float32(0.0), bold)[first:], confounds.keep_mask[first:]
+    regressors = None if confounds.regressors is None else confounds.regressors[first:]
+    _check_kept(keep_mask, recipe.checks)
     with _stage("clean"):
-        confounds = None
-        if entry.confounds:
-            table = read_confounds(entry.confounds)
-            measured = mean_fd_mm(table)
-            fd_mm = fd_mm if measured is None else measured
-            if recipe.clean.confounds is not None:
-                confounds = select_confounds(table, recipe.clean.confounds, len(bold))
-        elif recipe.clean.confounds is not None:
-            raise DataError("there is no confounds table, and clean.confounds asks for one")
-        bold = clean(bold, recipe.clean, tr_s, confounds)
+        bold = clean(bold, recipe.clean, tr_s, regressors, keep_mask)
+        num_degrees_of_freedom = degrees_of_freedom(recipe.clean, tr_s, regressors, keep_mask)
     target_tr_s = recipe.target_tr_s or tr_s
     resampled = not is_same_tr(tr_s, target_tr_s)
     with _stage("resample"):
         if resampled:
-            bold = resample(bold, tr_s, target_tr_s)
+            bold, keep_mask = resample(bold, keep_mask, tr_s, target_tr_s)
     if len(bold) < recipe.window_len:
         after = f" after resampling from {tr_s:g} to {target_tr_s:g} s" if resampled else ""
         raise _Refused("length", f"too short: {len(bold)} timepoints{after}, a window needs {recipe.window_len}")
-    missing |= missing_columns(bold)
+    _check_kept(keep_mask, recipe.checks)
+    missing |= missing_columns(bold[keep_mask])
     _check_missing(missing, recipe.checks)
-    coverage = np.where(missing, np.float32(0.0), coverage)
-    bold = np.where(missing, np.float32(np.nan), bold)
+    staged = Staged(np.where(missing, np.float32(np.nan), bold), coverage, keep_mask)
     row = {
         **{name: getattr(entry, name) for name in ("recording_id", "subject", "session", "task", "run")},
         "site": entry.site,
         "family": entry.family,
         "space": entry.space,
+        "denoised": entry.denoised,
         "tr_s": float(target_tr_s),
         "source_tr_s": float(tr_s),
         "resampled": resampled,
         "num_timepoints": len(bold),
-        "mean_fd_mm": fd_mm,
-        "dvars_z": dvars_z(bold[:, ~missing]),
-        "lag1_autocorrelation": lag1_autocorrelation(bold[:, ~missing]),
-        "num_missing_parcels": int(missing.sum()),
-        "missing_parcels": np.flatnonzero(missing).tolist(),
+        "num_dummy_scans": first,
+        "num_degrees_of_freedom": num_degrees_of_freedom,
+        "mean_fd_mm": entry.mean_fd_mm if confounds.mean_fd_mm is None else confounds.mean_fd_mm,
+        "tsnr": found.tsnr,
+        "num_constant_parcels": num_constant,
+        **quality_row(staged.bold, coverage, keep_mask, float(target_tr_s)),
         "source": entry.source,
-        "source_sha256": sha256_of_file(entry.file),
-        "confounds_sha256": sha256_of_file(entry.confounds) if entry.confounds else "",
+        "source_bytes": int(entry.file_stamp.partition(":")[0] or 0),
+        "source_sha256": source_sha256,
+        "confounds_sha256": confounds_sha256,
         "series_sha256": as_read,
-        "sha256": series_sha256(bold),
+        "sha256": series_sha256(staged.bold),
         "status": "prepared",
     }
-    return bold, coverage, row
+    if reason := refusal(row, recipe.checks):
+        raise _Refused("quality", reason)
+    return staged, row
 
 
-def _read(recipe: Recipe, entry: SourceEntry) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-    atlas = recipe.atlas.atlas
-    if Path(entry.file).name.endswith(IMAGE_SUFFIXES):
-        with _stage("parcellate"):
-            found = parcellate(
-                entry.file,
-                recipe.atlas,
-                space=entry.space,
-                tr_s=entry.tr_s,
-                tr_from=entry.tr_from,
-                checks=recipe.checks,
-            )
-        return found.bold, found.coverage, found.tr_s
-    bold = read_series(entry.file, atlas.num_parcels, recipe.orientation)
-    if entry.tr_s is None:
-        raise DataError("no repetition time: set source.columns.tr_s or source.tr_s")
-    coverage = np.where(missing_columns(bold), np.float32(0.0), np.float32(1.0))
-    return bold, coverage, entry.tr_s
-
-
-def _check_tr(tr_s: float, entry: SourceEntry) -> None:
-    """Refuse what cannot be seconds between volumes, wherever it was read; seconds and milliseconds are mixed up."""
-    origin = entry.tr_from if entry.tr_s is not None else "the image's header"
-    if not 0 < tr_s <= LONGEST_TR_S:
-        hint = "; are these milliseconds?" if tr_s > LONGEST_TR_S else ""
-        raise DataError(
-            f"the repetition time must be above 0 s and at most {LONGEST_TR_S:g} s, found {tr_s:g} s by {origin}{hint}"
-        )
-
-
-class _stage:
+@contextmanager
+def _stage(name: str) -> Iterator[None]:
     """Turn a `DataError` inside the block into a refusal at this stage."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, DataError):
-            raise _Refused(self.name, str(error)) from error
+    try:
+        yield
+    except DataError as error:
+        raise _Refused(name, str(error)) from error
 
 
 def _check_missing(missing: NDArray[np.bool_], checks: CheckSettings) -> None:
@@ -205,14 +206,25 @@ def _check_missing(missing: NDArray[np.bool_], checks: CheckSettings) -> None:
         )
 
 
+def _check_kept(keep_mask: NDArray[np.bool_], checks: CheckSettings) -> None:
+    if keep_mask.sum() < 2 or keep_mask.mean() < checks.min_kept:
+        raise _Refused(
+            "censoring",
+            f"{keep_mask.sum()} of {keep_mask.size} timepoints are kept, expected at least {checks.min_kept:.0%} "
+            "(checks.min_kept)",
+        )
+
+
 def series_sha256(bold: NDArray[np.float32]) -> str:
     """Return the hash of shape and values; NaN must be the one that numpy writes."""
     return hashlib.sha256(repr(bold.shape).encode() + np.ascontiguousarray(bold, dtype="<f4").tobytes()).hexdigest()
 
 
-def _refused(entry: SourceEntry, stage: str, reason: str) -> dict[str, Any]:
+def refused_row(entry: SourceEntry, stage: str, reason: str) -> Row:
+    """Return the row of a recording that cannot be used."""
     return {
         "recording_id": entry.recording_id,
+        "subject": entry.subject,
         "source": entry.source,
         "stage": stage,
         "reason": reason,
@@ -222,15 +234,27 @@ def _refused(entry: SourceEntry, stage: str, reason: str) -> dict[str, Any]:
 
 def _stamp(entry: SourceEntry) -> str:
     """Identify the input of one recording: staged work is used again only for the same entry and unchanged files."""
-    files = [Path(name).stat() for name in (entry.file, entry.confounds) if name and Path(name).is_file()]
-    tree = {"entry": asdict(entry), "files": [[stat.st_size, stat.st_mtime_ns] for stat in files]}
-    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(asdict(entry), sort_keys=True).encode()).hexdigest()
 
 
-def _staged_row(staging: Store, recording_id: str, stamp: str) -> dict[str, Any] | None:
+def _write_row(recipe: Recipe, stamp: str, row: Row) -> None:
+    recipe.staging.write_json(
+        f"{row['recording_id']}.json", {"stamp": stamp, "target_tr_s": recipe.target_tr_s, "row": row}
+    )
+
+
+def _staged_row(recipe: Recipe, recording_id: str, stamp: str) -> Row | None:
+    """Return the row of finished work that serves this recipe: same input, same outcome of the resampling."""
     name = f"{recording_id}.json"
-    if not staging.exists(name):
+    if not recipe.staging.exists(name):
         return None
-    found = staging.read_json(name)
-    row: dict[str, Any] = found["row"]
-    return row if found["stamp"] == stamp else None
+    found = recipe.staging.read_json(name)
+    row: Row = found["row"]
+    if found["stamp"] != stamp:
+        return None
+    if found["target_tr_s"] == recipe.target_tr_s:
+        return row
+    if row["status"] == "refused":
+        return None
+    wanted = recipe.target_tr_s or row["source_tr_s"]
+    return row if not row["resampled"] and is_same_tr(row["source_tr_s"], wanted) else None

@@ -3,6 +3,9 @@
 ::
 
     python data_prep/prepare.py --config data_prep/configs/demo.yaml [section.key=value ...] [--dry-run]
+    python data_prep/prepare.py --config ... contract=CHECKPOINT       with a checkpoint's atlas, TR, filter, statistics
+    python data_prep/prepare.py --config ... add=true                  add recordings to the data set at `out`
+    python data_prep/prepare.py --config ... withdraw=FILE             remove the subjects that FILE lists
 
 Find the recordings, prepare each (parcellate, clean, resample), split by subject, freeze the statistics, write archive
 and shards, and write ``dataset.json`` last. A run that was stopped goes on where it was; a finished one is left alone.
@@ -16,30 +19,52 @@ import sys
 from collections import Counter
 from typing import Any
 
+import pandas as pd
+
 from brainlm.config import load_config, parse_entry_args, to_yaml
 from brainlm.errors import BrainLMError, ConfigError, DataError
 from brainlm.input_contract import InputContract
-from brainlm.shards import FOLDER as SHARDS_FOLDER
 from brainlm.store import Store
-from data_prep.atlas_image import AtlasImage, load_atlas
-from data_prep.clean import leak_flags
-from data_prep.contract_statistics import compute_statistics
-from data_prep.finish import QUALITY_PAGE, check_truth, is_finished, write_dataset
-from data_prep.one_recording import Recipe, prepare_recording
-from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED, REJECTED_COLUMNS, table_of, write_parquet
-from data_prep.read_table import text
-from data_prep.resample import SAME_TR, future_s
+from data_prep.atlas_image import AtlasImage
+from data_prep.finish import QUALITY_PAGE, check_truth, copy_truth, write_dataset
+from data_prep.gather import gather
+from data_prep.held_dataset import (
+    for_addition,
+    is_finished,
+    merged_subjects,
+    new_entries,
+    read_held,
+)
+from data_prep.make_contract import (
+    choose_atlas,
+    common_tr_s,
+    frozen_contract,
+    make_contract,
+    read_contract,
+    with_contract,
+)
+from data_prep.one_recording import Recipe, prepare_recording, refused_row
+from data_prep.parquet_tables import (
+    MEASURED_COLUMNS,
+    RECORDING_COLUMNS,
+    REJECTED,
+    REJECTED_COLUMNS,
+    RowBatches,
+    write_parquet,
+)
+from data_prep.place import place_in_archive, place_in_splits
+from data_prep.run_log import FOLDER as LOG_FOLDER
+from data_prep.run_log import RunLog
 from data_prep.settings import PrepareSettings
-from data_prep.source_entry import MAX_LISTED, Source
+from data_prep.source_entry import MAX_LISTED, SourceEntry
 from data_prep.sources import find_recordings
-from data_prep.splits import SplitItem, assign_splits, find_duplicates
+from data_prep.withdraw import withdraw_subjects
 from data_prep.work import Workers, workers
-from data_prep.write_shards import place_in_shards, write_shards
+from data_prep.write_shards import place_in_shards, remove_unknown_shards, write_shards
 from data_prep.zarr_store import FOLDER as ARCHIVE_FOLDER
-from data_prep.zarr_store import write_archive
+from data_prep.zarr_store import next_places, write_archive
 
 STAGING = "staging"
-Row = dict[str, Any]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,7 +76,10 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_config(PrepareSettings, args.config, args.overrides)
         if args.dry_run:
             return show_plan(settings)
-        return prepare(settings)
+        out = Store(settings.out if "://" in settings.out else os.path.abspath(settings.out))
+        if settings.withdraw is not None:
+            return withdraw_subjects(out, settings.withdraw, settings.checkpoints)
+        return prepare(settings, out)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -60,209 +88,177 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def prepare(settings: PrepareSettings) -> int:
-    """Make the data set; return 0 when it is complete."""
-    out = Store(settings.out if "://" in settings.out else os.path.abspath(settings.out))
+def prepare(settings: PrepareSettings, out: Store) -> int:
+    """Make the data set, or add to it; return 0 when it is complete."""
     check_truth(settings)
-    source = find_recordings(settings.source)
-    atlas = load_atlas(settings.atlas)
-    if is_finished(out, settings, source, atlas.atlas):
+    asked_for = settings
+    given = None if settings.contract is None else read_contract(settings.contract)
+    settings = with_contract(settings, given)
+    source = find_recordings(settings.source, settings.splits.column)
+    atlas = choose_atlas(settings, given)
+    held = read_held(out)
+    if held is not None and is_finished(held, asked_for, source, atlas):
         out.remove(STAGING)
         print(f"{settings.out}: this data set is complete already (same settings, same inputs); nothing to do")
         return 0
-    staging = out.sub(f"{STAGING}/{settings.recording_hash()}-{atlas.atlas.sha256[:16]}")
+    if held is None and settings.add:
+        raise ConfigError(f"add: there is no finished data set at {settings.out} to add to")
+    entries, notes = source.entries, [*source.warnings, *atlas.warnings]
+    if held is not None:
+        settings = for_addition(held, settings)
+        entries, num_withdrawn = new_entries(held, source)
+        if num_withdrawn:
+            notes.append(f"{num_withdrawn} recordings of withdrawn subjects were left out")
+        if not entries:
+            print(f"{settings.out}: every recording is in this data set already; nothing to add")
+            return 0
+    staging = out.sub(f"{STAGING}/{settings.recording_hash()}-{atlas.fingerprint[:16]}")
+    log = RunLog(out, "prepare", asked_for)
     with workers(settings.ray, out) as run:
-        rows, refused = prepare_recordings(settings, source, atlas, staging, run)
-        write_parquet(out, REJECTED, table_of(refused, REJECTED_COLUMNS))
-        check_refused(settings, len(source.entries), refused)
-        tr_s = common_tr_s(settings, rows)
-        duplicates = place(settings, source, rows)
-        placed = place_in_shards(rows, settings.shards.recordings_per_shard)
-        for name, inside in placed.items():
-            for row in inside:
-                row["shard"] = name
-        contract = make_contract(settings, atlas, staging, rows, tr_s, run)
-        for folder in (ARCHIVE_FOLDER, SHARDS_FOLDER):  # what a stopped run left
-            out.remove(folder)
+        listed = out.url_of(REJECTED if held is None else f"{LOG_FOLDER}/{REJECTED}")
+        table, refused, tr_s = prepare_recordings(settings, entries, atlas, staging, run, log, listed)
+        subjects = source.subjects[source.subjects["subject"].isin(set(table["subject"]))]
+        subjects = subjects.reset_index(drop=True) if held is None else merged_subjects(held, subjects)
+        table, unplaced, items = place_in_splits(settings, table, subjects, entries, held)
+        refused = pd.concat([refused, unplaced], ignore_index=True)
+        addition = 0 if held is None else len(held.cohorts)
+        for part in (table, refused):
+            part["cohort"] = pd.Series(settings.name, index=part.index, dtype="string")
+            part["addition"] = pd.Series(addition, index=part.index, dtype="int64")
+        check_refused(settings, len(entries), refused, listed)
+        place_in_archive(table, *next_places(out, None if held is None else held.recordings))
         num_parcels = atlas.atlas.num_parcels
-        write_archive(out, staging, rows, num_parcels, run)
-        shards = write_shards(out, staging, placed, num_parcels, settings.shards.dtype, run)
-    manifest = write_dataset(
-        out,
-        settings,
-        source,
-        recordings=table_of(rows, RECORDING_COLUMNS),
-        rejected=table_of(refused, REJECTED_COLUMNS),
-        contract=contract,
-        shards=shards,
-        duplicates=duplicates,
-        warnings=find_warnings(source, atlas, rows, contract, duplicates),
-    )
+        shards = None if held is None else held.manifest["shards"]
+        num_before = {split: _num_shards(rows) for split, rows in (shards or {}).items()}
+        table["shard"] = place_in_shards(table, settings.shards, num_parcels, num_before)
+        table = table[list(RECORDING_COLUMNS)]
+        if held is None:
+            contract, found = make_contract(settings, atlas, staging, table, tr_s, given, run)
+            notes += found
+            out.remove(ARCHIVE_FOLDER)  # what a stopped run left
+        else:
+            contract = frozen_contract(held.contract, settings, table)
+            notes += make_contract(settings, atlas, staging, table, tr_s, held.contract, run)[1]
+        remove_unknown_shards(out, shards)
+        write_archive(out, staging, table, num_parcels, run)
+        added = write_shards(out, staging, table, num_parcels, settings.shards.dtype, run)
+    copy_truth(settings, out)
+    contents = gather(asked_for, source, atlas, held, table, refused, subjects, contract, added, items, notes)
+    manifest = write_dataset(out, contents)
     out.remove(STAGING)
+    log.end(num_prepared=len(table), num_refused=len(refused), content_hash=manifest["content_hash"])
     show_summary(settings, manifest, refused, contract)
     return 0
 
 
 def prepare_recordings(
-    settings: PrepareSettings, source: Source, atlas: AtlasImage, staging: Store, run: Workers
-) -> tuple[list[Row], list[Row]]:
-    """Stage every recording that is not staged yet; return rows of the prepared and of the refused, by id."""
+    settings: PrepareSettings,
+    entries: list[SourceEntry],
+    atlas: AtlasImage,
+    staging: Store,
+    run: Workers,
+    log: RunLog,
+    listed: str,
+) -> tuple[pd.DataFrame, pd.DataFrame, float]:
+    """Stage every recording that is not staged yet; return the prepared and the refused by id, and their TR.
+
+    Where recordings have several TRs and no target is set, those of shorter TR are resampled to the longest.
+    """
+    table, refused = _stage_all(settings, settings.target_tr_s, entries, atlas, staging, run, log)
+    check_refused(settings, len(entries), refused, listed)
+    tr_s = common_tr_s(settings, table)
+    if settings.target_tr_s is None and (table["source_tr_s"] < tr_s * (1 - 1e-3)).any():
+        counts = Counter(f"{value:g} s" for value in table["source_tr_s"])
+        print(f"several repetition times ({', '.join(sorted(counts))}): resampling to the longest, {tr_s:g} s")
+        table, refused = _stage_all(settings, tr_s, entries, atlas, staging, run, log)
+        check_refused(settings, len(entries), refused, listed)
+    table["tr_s"] = tr_s  # headers and sidecars differ by rounding
+    return table, refused, tr_s
+
+
+def _stage_all(
+    settings: PrepareSettings,
+    target_tr_s: float | None,
+    entries: list[SourceEntry],
+    atlas: AtlasImage,
+    staging: Store,
+    run: Workers,
+    log: RunLog,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
     recipe = run.share(
         Recipe(
             atlas=atlas,
             clean=settings.clean,
             checks=settings.checks,
             orientation=settings.source.orientation,
-            target_tr_s=settings.target_tr_s,
+            target_tr_s=target_tr_s,
             window_len=settings.windows.window_len,
             staging=staging,
         )
     )
-    results = run.run(prepare_recording, [(recipe, entry) for entry in source.entries], "recordings")
-    rows = [row for row in results if row["status"] == "prepared"]
-    return rows, [row for row in results if row["status"] == "refused"]
+    known_when_refused = {name: kind for name, kind in REJECTED_COLUMNS.items() if name not in ("cohort", "addition")}
+    prepared, refused = RowBatches(MEASURED_COLUMNS), RowBatches(known_when_refused)
+    tasks = [(recipe, entry) for entry in entries]
+
+    def lost(position: int, why: str) -> dict[str, Any]:  # a recording that kills every worker must not end the work
+        return refused_row(entries[position], "internal", why) | {"reused": False}
+
+    for position, row in run.stream(prepare_recording, tasks, "recordings", lost):
+        (prepared if row["status"] == "prepared" else refused).add(position, row)
+        log.count("reused" if row["reused"] else "done")
+    return prepared.table(), refused.table()
 
 
-def check_refused(settings: PrepareSettings, num_recordings: int, refused: list[Row]) -> None:
-    """Raise `DataError` when too many recordings were refused for the data set to be what was asked for."""
+def check_refused(settings: PrepareSettings, num_recordings: int, refused: pd.DataFrame, listed: str) -> None:
+    """Raise `DataError` when too many recordings were refused for the data set to be what was asked for.
+
+    Their table is then at `listed`.
+    """
     fraction = len(refused) / num_recordings
     if fraction > settings.max_refused_fraction or len(refused) == num_recordings:
+        folder, _, name = listed.rpartition("/")
+        write_parquet(Store(folder), name, refused)
         raise DataError(
             f"{len(refused)} of {num_recordings} recordings ({fraction:.0%}) were refused, at most "
             f"{settings.max_refused_fraction:.0%} may be (max_refused_fraction). No data set was made.\n"
-            + "\n".join(refusal_lines(settings, refused))
+            + "\n".join(refusal_lines(refused, listed))
         )
 
 
-def common_tr_s(settings: PrepareSettings, rows: list[Row]) -> float:
-    """Return the TR of the data set; several need `target_tr_s`."""
-    if settings.target_tr_s is not None:
-        return settings.target_tr_s
-    counts = Counter(row["tr_s"] for row in rows)
-    tr_s = counts.most_common(1)[0][0]
-    if any(abs(other - tr_s) > SAME_TR * tr_s for other in counts):
-        listed = ", ".join(f"{value:g} s ({count} recordings)" for value, count in sorted(counts.items()))
-        raise ConfigError(f"recordings have several repetition times: {listed}. Set target_tr_s to resample them")
-    for row in rows:
-        row["tr_s"] = tr_s
-    return float(tr_s)
-
-
-def place(settings: PrepareSettings, source: Source, rows: list[Row]) -> list[list[str]]:
-    """Give each row its split and its place in the archive; return recordings with equal series."""
-    group_by = settings.splits.group_by
-    if group_by in ("subject", "family", "site"):
-        groups = {row["recording_id"]: "" if group_by == "subject" else row[group_by] for row in rows}
-    elif group_by in source.subjects.columns:
-        of_subject = dict(zip(source.subjects["subject"], source.subjects[group_by]))
-        groups = {row["recording_id"]: text(of_subject[row["subject"]]) for row in rows}
-    else:
-        raise ConfigError(
-            f"splits.group_by: expected subject, family, site or a phenotype column "
-            f"({', '.join(source.subjects.columns[1:]) or 'there are none'}), found {group_by!r}"
-        )
-    if group_by != "subject" and not any(groups.values()):
-        raise ConfigError(f"splits.group_by: no recording has a {group_by}; set source.columns.{group_by}")
-    items = [
-        SplitItem(
-            recording_id=row["recording_id"],
-            subject=row["subject"],
-            group=groups[row["recording_id"]],
-            series_sha256=row["series_sha256"],
-        )
-        for row in rows
-    ]
-    split_of = assign_splits(items, settings.splits.fractions, settings.splits.seed)
-    first_row = 0
-    for row in rows:
-        row["split"] = split_of[row["recording_id"]]
-        row["first_row"] = first_row
-        first_row += row["num_timepoints"]
-    return find_duplicates(items)
-
-
-def make_contract(
-    settings: PrepareSettings, atlas: AtlasImage, staging: Store, rows: list[Row], tr_s: float, run: Workers
-) -> InputContract:
-    """Freeze what a model must be fed, with statistics of the train recordings alone."""
-    train = [row for row in rows if row["split"] == "train"]
-    covered, median, iqr = compute_statistics(
-        staging, train, atlas.atlas.num_parcels, settings.statistics_memory_mb, run
-    )
-    resampled_from = sorted({row["source_tr_s"] for row in rows if row["resampled"]})
-    flags = leak_flags(settings.clean)
-    if resampled_from:
-        reach_s = max(future_s(value, tr_s) for value in resampled_from)
-        flags.append(f"resampled with a symmetric kernel: a timepoint depends on up to {reach_s:.1f} s after it")
-    who = f"{len(train)} train recordings ({len({row['subject'] for row in train})} subjects) of {settings.name}"
-    return InputContract(
-        atlas=atlas.atlas,
-        covered=covered,
-        median=median,
-        iqr=iqr,
-        tr_s=tr_s,
-        window_len=settings.windows.window_len,
-        patch_len=settings.windows.patch_len,
-        high_pass_hz=settings.clean.high_pass_hz,
-        low_pass_hz=settings.clean.low_pass_hz,
-        cleaning={
-            "confounds": None if settings.clean.confounds is None else list(settings.clean.confounds),
-            "detrend": settings.clean.detrend,
-            "order": "detrend, filter, regress filtered confounds (nilearn.signal.clean), resample",
-            "resampled_from_tr_s": resampled_from,
-            "min_parcel_coverage": settings.checks.min_parcel_coverage,
-        },
-        statistics_from=f"all kept timepoints of the {who}",
-        num_statistics_recordings=len(train),
-        flags=tuple(flags),
-    )
-
-
-def find_warnings(
-    source: Source, atlas: AtlasImage, rows: list[Row], contract: InputContract, duplicates: list[list[str]]
-) -> list[str]:
-    """List what a reader should know, in words."""
-    warnings = [*source.warnings, *atlas.warnings]
-    warnings += [f"equal series under several ids, kept in one split: {', '.join(ids)}" for ids in duplicates]
-    if contract.zero_iqr_parcels:
-        warnings.append(f"covered parcels with an IQR of 0, masked out: {', '.join(contract.zero_iqr_parcels)}")
-    if atlas.atlas.space:
-        others = Counter(row["space"] for row in rows if row["space"] not in ("", atlas.atlas.space))
-        warnings += [
-            f"{count} recordings are in {space}, the atlas in {atlas.atlas.space}: MNI templates differ by millimetres"
-            for space, count in sorted(others.items())
-        ]
-    return warnings
-
-
-def refusal_lines(settings: PrepareSettings, refused: list[Row]) -> list[str]:
-    lines = [f"  {row['recording_id']} ({row['stage']}): {row['reason']}" for row in refused[:MAX_LISTED]]
+def refusal_lines(refused: pd.DataFrame, listed: str) -> list[str]:
+    shown = refused.head(MAX_LISTED)
+    lines = [f"  {i} ({stage}): {why}" for i, stage, why in zip(shown["recording_id"], shown["stage"], shown["reason"])]
     if len(refused) > MAX_LISTED:
         lines.append(f"  and {len(refused) - MAX_LISTED} more")
-    return [*lines, f"  see {settings.out}/{REJECTED}"] if refused else []
+    return [*lines, f"  see {listed}"] if len(refused) else []
 
 
 def show_plan(settings: PrepareSettings) -> int:
     """Print the resolved settings and what would be done; do nothing."""
+    given = None if settings.contract is None else read_contract(settings.contract)
+    settings = with_contract(settings, given)
     print(to_yaml(settings))
-    source = find_recordings(settings.source)
-    atlas = load_atlas(settings.atlas).atlas
-    files = [entry.file for entry in source.entries if os.path.isfile(entry.file)]
-    num_bytes = sum(os.path.getsize(file) for file in files)
-    print(f"# {len(source.entries)} recordings of {len(source.subjects)} subjects, {num_bytes / 1e6:.1f} MB to read")
-    if len(files) < len(source.entries):
-        print(f"# {len(source.entries) - len(files)} files are not there")
+    source = find_recordings(settings.source, settings.splits.column)
+    atlas = choose_atlas(settings, given).atlas
+    sizes = [int(entry.file_stamp.partition(":")[0]) for entry in source.entries if entry.file_stamp]
+    print(f"# {len(source.entries)} recordings of {len(source.subjects)} subjects, {sum(sizes) / 1e6:.1f} MB to read")
+    if len(sizes) < len(source.entries):
+        print(f"# {len(source.entries) - len(sizes)} files are not there")
     already = [entry for entry in source.entries if entry.refusal]
     for entry in already[:MAX_LISTED]:
         print(f"# would refuse {entry.recording_id}: {entry.refusal}")
+    if len(already) > MAX_LISTED:
+        print(f"# and {len(already) - MAX_LISTED} more")
     print(f"# atlas {atlas.name}: {atlas.num_parcels} parcels; to {settings.out}")
     return 0
 
 
-def show_summary(settings: PrepareSettings, manifest: Row, refused: list[Row], contract: InputContract) -> None:
+def show_summary(
+    settings: PrepareSettings, manifest: dict[str, Any], refused: pd.DataFrame, contract: InputContract
+) -> None:
     counts = manifest["counts"]
     print(f"{settings.name}: {sum(part['recordings'] for part in counts.values())} prepared, {len(refused)} refused")
-    print("\n".join(refusal_lines(settings, refused)) or "  (none refused)")
+    print("\n".join(refusal_lines(refused, f"{settings.out}/{REJECTED}")) or "  (none refused)")
     for split, part in counts.items():
         print(f"{split}: {part['recordings']} recordings, {part['subjects']} subjects, {part['timepoints']} timepoints")
     print(f"parcels: {contract.atlas.num_parcels}, usable {int(contract.usable.sum())}; TR {contract.tr_s:g} s")
@@ -272,6 +268,11 @@ def show_summary(settings: PrepareSettings, manifest: Row, refused: list[Row], c
     for flag in contract.flags:
         print(f"note: {flag}")
     print(f"complete: {settings.out} (content {manifest['content_hash'][:16]}); look at {settings.out}/{QUALITY_PAGE}")
+
+
+def _num_shards(rows: list[dict[str, Any]]) -> int:
+    """Return the number after the last shard's."""
+    return max((int(row["name"].rsplit("-", 1)[1]) + 1 for row in rows), default=0)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ from typing import Any
 import pandas as pd
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz")
+CIFTI_SUFFIXES = (".dtseries.nii", ".ptseries.nii")  # these are no volumes, although they end like them
 MAX_LISTED = 10  # how many things a message spells out
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SourceEntry:
     """One recording to prepare.
 
-    ``file`` and ``confounds`` are local paths; ``source`` is the file as a reader of the data set should see it,
-    relative to the source's root. ``space`` is the BIDS space entity, "" if unknown. ``refusal`` says what is already
-    known to be wrong.
+    ``file``, ``confounds`` and ``warp`` are local paths or fsspec URLs; ``source`` is the file as a reader of the data
+    set should see it, relative to the source's root. ``file_stamp`` and ``confounds_stamp`` tell without reading
+    whether the bytes may have changed: ``size:modified`` or ``size:etag``, "" where there is no file. ``space`` is the
+    BIDS space entity, "" if unknown. ``denoised`` names what has cleaned the recording already (``FIX``,
+    ``ICA-AROMA``), "" = nothing. ``split`` is given or "". ``refusal`` says what is already known to be wrong.
     """
 
     recording_id: str
@@ -34,6 +37,11 @@ class SourceEntry:
     tr_from: str = ""
     confounds: str = ""
     mean_fd_mm: float | None = None
+    denoised: str = ""
+    warp: str = ""
+    split: str = ""
+    file_stamp: str = ""
+    confounds_stamp: str = ""
     refusal: str = ""
 
 

@@ -16,7 +16,7 @@ PLAIN_LINES = 10  # of progress, where the output is no terminal
 
 
 class Workers:
-    """Run a function over many arguments; results come in the order of the arguments."""
+    """Run a function over many arguments."""
 
     def __init__(self, ray: Any | None) -> None:
         self._ray = ray
@@ -26,20 +26,41 @@ class Workers:
         return value if self._ray is None else self._ray.put(value)
 
     def run(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], label: str) -> list[Any]:
+        """Return the results in the order of the tasks."""
         results: list[Any] = [None] * len(tasks)
-        show = _Progress(label, len(tasks))
-        for position, result in self._stream(function, tasks):
+        for position, result in self.stream(function, tasks, label):
             results[position] = result
-            show.one_more()
-        show.end()
         return results
 
-    def _stream(self, function: Callable[..., Any], tasks: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    def stream(
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        label: str,
+        when_lost: Callable[[int, str], Any] | None = None,
+    ) -> Iterator[tuple[int, Any]]:
+        """Yield position and result of each task as it finishes, so that nobody need hold them all.
+
+        `when_lost` makes the result of a task that kills every worker (`brainlm.ray_session.fan_out`).
+        """
+        show = _Progress(label, len(tasks))
+        for position, result in self._stream(function, tasks, when_lost):
+            show.one_more()
+            yield position, result
+        show.end()
+
+    def _stream(
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        when_lost: Callable[[int, str], Any] | None,
+    ) -> Iterator[tuple[int, Any]]:
         if self._ray is None:
             yield from ((position, function(*task)) for position, task in enumerate(tasks))
             return
         cpus = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
-        yield from fan_out(self._ray, function, tasks, max_in_flight=IN_FLIGHT_PER_CPU * cpus)
+        in_flight = IN_FLIGHT_PER_CPU * cpus
+        yield from fan_out(self._ray, function, tasks, max_in_flight=in_flight, when_lost=when_lost)
 
 
 @contextmanager

@@ -2,62 +2,82 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
+from brainlm.censoring import censored_ranges
 from brainlm.dataset import SPLITS
 from brainlm.scaling import centre
-from brainlm.shards import ShardEntry, StoredDtype, encode_shard, shard_name, write_shard
+from brainlm.shards import FOLDER, ShardEntry, StoredDtype, encode_shard, shard_name, write_shard
 from brainlm.store import Store
 from data_prep.one_recording import load_staged
+from data_prep.settings import ShardSettings
 from data_prep.work import Workers
 
+ENTRY_COLUMNS = ["recording_id", "subject", "session", "task", "run", "site", "tr_s", "num_timepoints"]
+ShardRows = dict[str, list[dict[str, Any]]]
 
-def place_in_shards(rows: Sequence[dict[str, Any]], recordings_per_shard: int) -> dict[str, list[dict[str, Any]]]:
-    """Return the recordings of each shard by its name; their order is that of `rows`, which carry ``split``."""
-    placed: dict[str, list[dict[str, Any]]] = {}
+
+def place_in_shards(
+    table: pd.DataFrame, settings: ShardSettings, num_parcels: int, num_before: Mapping[str, int]
+) -> pd.Series:
+    """Return the name of each recording's shard; numbers of a split begin after those it has before."""
+    nbytes = table["num_timepoints"].to_numpy() * num_parcels * np.dtype(settings.dtype).itemsize
+    names = np.full(len(table), "", dtype=object)
     for split in SPLITS:
-        mine = [row for row in rows if row["split"] == split]
-        for number, start in enumerate(range(0, len(mine), recordings_per_shard)):
-            placed[shard_name(split, number)] = mine[start : start + recordings_per_shard]
-    return placed
+        number, count, size = num_before.get(split, 0) - 1, settings.recordings_per_shard, 0
+        mine = np.flatnonzero((table["split"] == split).to_numpy())
+        for position in mine:
+            if count == settings.recordings_per_shard or size + nbytes[position] > settings.max_mb * 1024**2:
+                number, count, size = number + 1, 0, 0
+            names[position] = shard_name(split, number)
+            count, size = count + 1, size + nbytes[position]
+    return pd.Series(names, index=table.index, dtype="string")
 
 
 def write_shards(
-    out: Store,
-    staging: Store,
-    placed: dict[str, list[dict[str, Any]]],
-    num_parcels: int,
-    dtype: StoredDtype,
-    run: Workers,
-) -> dict[str, list[dict[str, Any]]]:
-    """Write all shards; return their rows for ``dataset.json`` by split."""
-    names = list(placed)
-    written = run.run(_write_one, [(out, staging, name, placed[name], num_parcels, dtype) for name in names], "shards")
-    by_split: dict[str, list[dict[str, Any]]] = {split: [] for split in SPLITS}
-    for name, row in zip(names, written):
-        by_split[placed[name][0]["split"]].append(row)
+    out: Store, staging: Store, table: pd.DataFrame, num_parcels: int, dtype: StoredDtype, run: Workers
+) -> ShardRows:
+    """Write the shards that `table` names in its column ``shard``; return their rows for ``dataset.json`` by split."""
+    parts = [(str(name), part) for name, part in table.groupby("shard", sort=True)]
+    tasks = [(out, staging, name, part[ENTRY_COLUMNS].to_dict("records"), num_parcels, dtype) for name, part in parts]
+    by_split: ShardRows = {split: [] for split in SPLITS}
+    for (_, part), row in zip(parts, run.run(_write_one, tasks, "shards")):
+        by_split[part["split"].iloc[0]].append(row)
     return by_split
 
 
+def remove_unknown_shards(out: Store, known: ShardRows | None) -> None:
+    """Remove shards that a stopped run left: those that the manifest, if there is one, does not name."""
+    if known is None:
+        out.remove(FOLDER)
+        return
+    names = {f"{row['name']}.{ending}" for rows in known.values() for row in rows for ending in ("tar", "index.json")}
+    for name in out.names(FOLDER):
+        if name not in names:
+            out.remove(f"{FOLDER}/{name}")
+
+
 def _write_one(
-    out: Store, staging: Store, name: str, rows: list[dict[str, Any]], num_parcels: int, dtype: StoredDtype
+    out: Store, staging: Store, name: str, rows: Sequence[dict[str, Any]], num_parcels: int, dtype: StoredDtype
 ) -> dict[str, Any]:
-    recordings: list[tuple[ShardEntry, NDArray[np.float32]]] = []
-    for row in rows:
-        bold, _ = load_staged(staging, row["recording_id"])
-        entry = ShardEntry(
-            **{key: row[key] for key in ("recording_id", "subject", "session", "task", "run", "site", "tr_s")},
-            num_timepoints=row["num_timepoints"],
-            num_parcels=num_parcels,
-            dtype=dtype,
-            scale=1.0,
-            offset=0,
-            missing_parcels=tuple(row["missing_parcels"]),
-        )
-        recordings.append((entry, centre(np.nan_to_num(bold, nan=0.0))))
-    tar, entries = encode_shard(recordings, dtype)
+    def recordings() -> Iterator[tuple[ShardEntry, NDArray[np.float32]]]:
+        for row in rows:
+            staged = load_staged(staging, row["recording_id"])
+            entry = ShardEntry(
+                **row,
+                num_parcels=num_parcels,
+                dtype=dtype,
+                scale=1.0,
+                offset=0,
+                missing_parcels=tuple(np.flatnonzero(staged.missing).tolist()),
+                censored=censored_ranges(staged.keep_mask),
+            )
+            yield entry, centre(np.nan_to_num(staged.bold, nan=0.0), staged.keep_mask)
+
+    tar, entries = encode_shard(recordings(), dtype)
     return write_shard(out, name, tar, entries)

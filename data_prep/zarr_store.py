@@ -2,12 +2,14 @@
 
 ::
 
-    bold        (sum of T, P) float32   after cleaning and resampling, in source units; NaN where a parcel is missing
-    keep_mask   (sum of T,)   bool      True = timepoint kept
-    coverage    (N, P)        float32   0 = the parcel is missing from the recording
+    bold        (rows, P)    float32   after cleaning and resampling, in source units; NaN where a parcel is missing,
+                                       interpolated where a timepoint is censored
+    keep_mask   (rows,)      bool      True = timepoint kept
+    coverage    (places, P)  float32   fraction of each parcel's voxels with signal
 
-Rows of ``bold`` and ``keep_mask`` begin at ``first_row`` of ``recordings.parquet``; row i of ``coverage`` is its row i.
-A stored object (a Zarr shard) is written by one task.
+Rows of ``bold`` and ``keep_mask`` begin at ``first_row`` of ``recordings.parquet``; the row of ``coverage`` is its
+``archive_row``. What is added later begins at a new stored object, so that nothing written is written again; rows in
+between, and those of withdrawn subjects, hold NaN and False. A stored object (a Zarr shard) is written by one task.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
 
 from brainlm.store import Store
 from data_prep.one_recording import load_staged
@@ -29,76 +33,124 @@ CHUNK_RECORDINGS = 1024
 
 def zarr_root(out: Store) -> Any:
     """Return the Zarr store of a data set, for ``zarr.open_group``."""
-    from zarr.storage import FsspecStore, LocalStore
+    from data_prep.zarr_files import ZarrFiles  # imports zarr
 
-    if out.is_local:
-        return LocalStore(out.path(FOLDER))
-    return FsspecStore.from_url(out.url_of(FOLDER))
+    return ZarrFiles(out.sub(FOLDER))
 
 
-def write_archive(out: Store, staging: Store, rows: Sequence[dict[str, Any]], num_parcels: int, run: Workers) -> None:
-    """Write all recordings, in the order of `rows`, which carry ``first_row`` and ``num_timepoints``."""
+def read_archived(out: Store, first_row: int, num_timepoints: int) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Return ``bold (T, P)`` and ``keep_mask (T,)`` of one recording."""
     import zarr
 
-    total = sum(row["num_timepoints"] for row in rows)
+    group = zarr.open_group(zarr_root(out), mode="r")
+    rows = slice(first_row, first_row + num_timepoints)
+    return np.asarray(group["bold"][rows]), np.asarray(group["keep_mask"][rows])
+
+
+def next_places(out: Store, held: pd.DataFrame | None) -> tuple[int, int]:
+    """Return the first row of ``bold`` and of ``coverage`` where new recordings may go."""
+    if held is None:
+        return 0, 0
+    import zarr
+
+    shard_rows = zarr.open_group(zarr_root(out), mode="r")["bold"].shards[0]
+    used_rows = int((held["first_row"] + held["num_timepoints"]).max()) if len(held) else 0
+    used_places = int(held["archive_row"].max()) + 1 if len(held) else 0
+    return _round_up(used_rows, shard_rows), _round_up(used_places, CHUNK_RECORDINGS)
+
+
+def write_archive(out: Store, staging: Store, table: pd.DataFrame, num_parcels: int, run: Workers) -> None:
+    """Write all recordings of `table`, which carries ``first_row``, ``archive_row`` and ``num_timepoints``."""
+    first, last = int(table["first_row"].iloc[0]), int((table["first_row"] + table["num_timepoints"]).iloc[-1])
+    first_place, num_places = int(table["archive_row"].iloc[0]), int(table["archive_row"].iloc[-1]) + 1
+    shard_rows = _make_arrays(out, last, num_places, num_parcels, new=first == 0)
+    ids = table["recording_id"].tolist()
+    starts = table["first_row"].to_numpy()
+    stops = starts + table["num_timepoints"].to_numpy()
+    tasks = []
+    for start in range(first, last, shard_rows):
+        stop = min(start + shard_rows, last)
+        inside = range(np.searchsorted(stops, start, side="right"), np.searchsorted(starts, stop, side="left"))
+        tasks.append((out, staging, [(ids[i], int(starts[i])) for i in inside], start, stop, num_parcels))
+    for _ in run.stream(_write_bold, tasks, "archive"):
+        pass
+    places = [
+        (out, staging, ids[begin : begin + CHUNK_RECORDINGS], first_place + begin)
+        for begin in range(0, len(ids), CHUNK_RECORDINGS)
+    ]
+    for _ in run.stream(_write_coverage, places, "coverage"):
+        pass
+
+
+def erase_recordings(out: Store, table: pd.DataFrame) -> None:
+    """Overwrite the rows of the recordings in `table`: NaN, not kept, coverage 0."""
+    import zarr
+
+    group = zarr.open_group(zarr_root(out), mode="r+")
+    for first_row, length, place in zip(table["first_row"], table["num_timepoints"], table["archive_row"]):
+        group["bold"][first_row : first_row + length] = np.nan
+        group["keep_mask"][first_row : first_row + length] = False
+        group["coverage"][place : place + 1] = 0.0
+
+
+def _make_arrays(out: Store, num_rows: int, num_places: int, num_parcels: int, new: bool) -> int:
+    """Create the arrays or let them grow; return the rows of one stored object of ``bold``."""
+    import zarr
+
+    if not new:
+        group = zarr.open_group(zarr_root(out), mode="r+")
+        group["bold"].resize((num_rows, num_parcels))
+        group["keep_mask"].resize((num_rows,))
+        group["coverage"].resize((num_places, num_parcels))
+        return int(group["bold"].shards[0])
     group = zarr.open_group(zarr_root(out), mode="w", zarr_format=3)
-    shard_rows = min(SHARD_ROWS, -(-total // CHUNK_ROWS) * CHUNK_ROWS)
+    shard_rows = min(SHARD_ROWS, _round_up(num_rows, CHUNK_ROWS))
     group.create_array(
         "bold",
-        shape=(total, num_parcels),
+        shape=(num_rows, num_parcels),
         dtype="float32",
         chunks=(CHUNK_ROWS, num_parcels),
         shards=(shard_rows, num_parcels),
         fill_value=float("nan"),
         dimension_names=("time", "parcel"),
     )
-    keep_mask = group.create_array(
-        "keep_mask", shape=(total,), dtype="bool", chunks=(SHARD_ROWS,), fill_value=False, dimension_names=("time",)
+    group.create_array(
+        "keep_mask", shape=(num_rows,), dtype="bool", chunks=(shard_rows,), fill_value=False, dimension_names=("time",)
     )
-    keep_mask[:] = np.ones(total, dtype=bool)
     group.create_array(
         "coverage",
-        shape=(len(rows), num_parcels),
+        shape=(num_places, num_parcels),
         dtype="float32",
         chunks=(CHUNK_RECORDINGS, num_parcels),
         fill_value=0.0,
         dimension_names=("recording", "parcel"),
     )
-    tasks = []
-    for start in range(0, total, shard_rows):
-        stop = min(start + shard_rows, total)
-        inside = [
-            (row["recording_id"], row["first_row"])
-            for row in rows
-            if row["first_row"] < stop and row["first_row"] + row["num_timepoints"] > start
-        ]
-        tasks.append((out, staging, inside, start, stop, num_parcels))
-    run.run(_write_bold, tasks, "archive")
-    run.run(
-        _write_coverage,
-        [
-            (out, staging, [row["recording_id"] for row in rows[start : start + CHUNK_RECORDINGS]], start)
-            for start in range(0, len(rows), CHUNK_RECORDINGS)
-        ],
-        "coverage",
-    )
+    return shard_rows
+
+
+def _round_up(count: int, step: int) -> int:
+    return -(-count // step) * step
 
 
 def _write_bold(
-    out: Store, staging: Store, recordings: list[tuple[str, int]], start: int, stop: int, num_parcels: int
+    out: Store, staging: Store, recordings: Sequence[tuple[str, int]], start: int, stop: int, num_parcels: int
 ) -> None:
     import zarr
 
-    block = np.full((stop - start, num_parcels), np.nan, dtype=np.float32)
+    bold = np.full((stop - start, num_parcels), np.nan, dtype=np.float32)
+    keep_mask = np.zeros(stop - start, dtype=bool)
     for recording_id, first_row in recordings:
-        bold, _ = load_staged(staging, recording_id)
-        begin, end = max(first_row, start), min(first_row + len(bold), stop)
-        block[begin - start : end - start] = bold[begin - first_row : end - first_row]
-    zarr.open_group(zarr_root(out), mode="r+")["bold"][start:stop] = block
+        staged = load_staged(staging, recording_id)
+        begin, end = max(first_row, start), min(first_row + len(staged.bold), stop)
+        bold[begin - start : end - start] = staged.bold[begin - first_row : end - first_row]
+        keep_mask[begin - start : end - start] = staged.keep_mask[begin - first_row : end - first_row]
+    group = zarr.open_group(zarr_root(out), mode="r+")
+    group["bold"][start:stop] = bold
+    group["keep_mask"][start:stop] = keep_mask
 
 
-def _write_coverage(out: Store, staging: Store, ids: list[str], start: int) -> None:
+def _write_coverage(out: Store, staging: Store, ids: Sequence[str], start: int) -> None:
     import zarr
 
-    block = np.stack([load_staged(staging, recording_id)[1] for recording_id in ids])
+    block = np.stack([load_staged(staging, recording_id).coverage for recording_id in ids])
     zarr.open_group(zarr_root(out), mode="r+")["coverage"][start : start + len(ids)] = block

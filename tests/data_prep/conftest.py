@@ -109,12 +109,19 @@ class Toy:
         (root / "participants.tsv").write_text("\n".join(rows) + "\n")
         return root
 
-    def write_table(self, rng: np.random.Generator, num_subjects: int = 6, num_timepoints: int = 60) -> Path:
+    def write_table(
+        self,
+        rng: np.random.Generator,
+        num_subjects: int = 6,
+        num_timepoints: int = 60,
+        name: str = "table",
+        first: int = 0,
+    ) -> Path:
         """Write series files, and a table that lists them; returns the table."""
-        folder = self.folder / "table"
+        folder = self.folder / name
         (folder / "ts").mkdir(parents=True)
         rows = ["file_id\tsub_id\tage\tsex(1=M,2=F)\tsite\ttr"]
-        for number in range(num_subjects):
+        for number in range(first, first + num_subjects):
             np.save(folder / "ts" / f"S_{number:03d}.npy", self.write_series(rng, num_timepoints).astype(np.float32))
             rows.append(f"S_{number:03d}\t{number:03d}\t{20 + number}\t{1 + number % 2}\tsite{number % 2}\t2.0")
         (folder / "list.tsv").write_text("\n".join(rows) + "\n")
@@ -183,9 +190,10 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tree_bytes() -> Callable[[Path], dict[str, bytes]]:
-    """Return a function that reads every file below a folder."""
+    """Return a function that reads every file below a folder, except for what is in ``log/``, which holds times."""
 
     def read(folder: Path) -> dict[str, bytes]:
-        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+        files = {str(p.relative_to(folder)): p for p in sorted(folder.rglob("*")) if p.is_file()}
+        return {name: path.read_bytes() for name, path in files.items() if not name.startswith("log/")}
 
     return read

@@ -42,7 +42,7 @@ def test_bids_folder_becomes_a_data_set_without_faults(toy, rng, capsys):
     table = recordings(tree["out"])
     assert table["mean_fd_mm"].gt(0).all()
     assert table["family"].tolist() == ["fam0", "fam0", "fam1", "fam1", "fam2", "fam2"]
-    assert (Path(tree["out"]) / "quality.html").read_text().count("<h2>") == 8
+    assert (Path(tree["out"]) / "quality.html").read_text().count("<h2>") == 11
     assert not (Path(tree["out"]) / "staging").exists()
     assert inspect_dataset.main([tree["out"]]) == 0
 
@@ -101,7 +101,7 @@ def test_bad_recordings_are_refused_with_their_reason_while_the_rest_goes_on(toy
     assert "2.5 s in the image's header" in reasons[2]
     assert "4-D" in reasons[3]
     assert "space-T1w" in reasons[4]
-    assert "59 rows of confounds, 60 timepoints" in reasons[5]
+    assert "has 59 rows of confounds, the recording 60 timepoints" in reasons[5]
     assert len(recordings(tree["out"])) == 8
     assert "space-T1w" in (Path(tree["out"]) / "quality.html").read_text()
 
@@ -224,8 +224,8 @@ def test_interrupted_run_does_only_what_is_missing(toy, rng, monkeypatch, tree_b
     read = []
     import data_prep.one_recording as one_recording
 
-    original = one_recording.read_series
-    monkeypatch.setattr(one_recording, "read_series", lambda path, *rest: read.append(path) or original(path, *rest))
+    original = one_recording.read_recording
+    monkeypatch.setattr(one_recording, "read_recording", lambda path, *rest: read.append(path) or original(path, *rest))
     assert toy.prepare(tree) == 0
     assert [Path(path).stem for path in read] == [staged[0].stem]
     assert tree_bytes(out) == expected
@@ -234,30 +234,35 @@ def test_interrupted_run_does_only_what_is_missing(toy, rng, monkeypatch, tree_b
 def test_unexpected_exception_of_one_recording_is_a_counted_refusal(toy, rng, monkeypatch):
     import data_prep.one_recording as one_recording
 
-    original = one_recording.read_series
+    original = one_recording.read_recording
 
     def strange(path, *rest):
         if "S_003" in str(path):
             raise ZeroDivisionError("oh")
         return original(path, *rest)
 
-    monkeypatch.setattr(one_recording, "read_series", strange)
+    monkeypatch.setattr(one_recording, "read_recording", strange)
     tree = toy.settings(toy.write_table(rng), max_refused_fraction=0.5)
     assert toy.prepare(tree) == 0
     assert rejected(tree["out"]).loc["S_003", "reason"] == "internal: ZeroDivisionError: oh"
 
 
-def test_several_repetition_times_ask_for_a_target(toy, rng, capsys):
+def test_several_repetition_times_are_resampled_to_the_longest_or_to_the_target(toy, rng, tree_bytes, capsys):
     path = toy.write_table(rng)
     path.write_text(path.read_text().replace("site1\t2.0", "site1\t1.5"))
     tree = toy.settings(path)
-    assert toy.prepare(tree) == 1
-    assert "1.5 s (3 recordings), 2 s (3 recordings). Set target_tr_s" in capsys.readouterr().err
-    assert toy.prepare(tree, "target_tr_s=2.0") == 0
+    assert toy.prepare(tree) == 0
+    assert "several repetition times (1.5 s, 2 s): resampling to the longest, 2 s" in capsys.readouterr().out
     table = recordings(tree["out"])
     assert table["tr_s"].eq(2.0).all()
     assert sorted(table["num_timepoints"].unique()) == [45, 60]
+    assert table["resampled"].sum() == 3
     assert any("resampled" in flag for flag in open_dataset(tree["out"]).contract.flags)
+    asked_for = tree | {"out": str(toy.folder / "asked"), "target_tr_s": 2.0}
+    assert toy.prepare(asked_for) == 0
+    assert open_dataset(asked_for["out"]).content_hash == open_dataset(tree["out"]).content_hash
+    assert toy.prepare(tree | {"out": str(toy.folder / "fast")}, "target_tr_s=1.0") == 0
+    assert recordings(toy.folder / "fast")["resampled"].all()
 
 
 def test_atlas_and_images_in_two_templates_are_a_warning(toy, rng, capsys):

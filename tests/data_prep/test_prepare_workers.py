@@ -66,8 +66,10 @@ def test_small_memory_and_other_shards_leave_the_statistics_as_they_are(toy, rng
     tree = toy.settings(path)
     assert toy.prepare(tree) == 0
     whole = open_dataset(tree["out"]).contract
-    monkeypatch.setattr(contract_statistics, "COPIES", 300)  # 1 MB holds 873 numbers: 2 recordings, 3 parcels at a time
-    again = tree | {"out": str(toy.folder / "again"), "statistics_memory_mb": 1}
+    monkeypatch.setattr(contract_statistics, "RECORDINGS_PER_TASK", 2)
+    monkeypatch.setattr(contract_statistics, "TASKS", 1)
+    monkeypatch.setattr(contract_statistics, "PARCELS_AT_ONCE", 3)
+    again = tree | {"out": str(toy.folder / "again"), "shards": {"recordings_per_shard": 3}}
     assert toy.prepare(again) == 0
     parts = open_dataset(again["out"]).contract
     np.testing.assert_array_equal(parts.median, whole.median)

@@ -1,0 +1,197 @@
+"""What a data set holds already: whether it is the one asked for, and what an added cohort adds to it."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from brainlm import input_contract
+from brainlm.dataset import MANIFEST, check_no_withdrawal
+from brainlm.errors import ConfigError, DataError
+from brainlm.input_contract import InputContract
+from brainlm.store import Store, sha256_of_file
+from data_prep.atlas_image import AtlasImage
+from data_prep.parquet_tables import RECORDINGS, REJECTED, SUBJECTS, read_parquet
+from data_prep.settings import PrepareSettings, differences
+from data_prep.source_entry import MAX_LISTED, Source, SourceEntry
+from data_prep.sources import inputs_hash
+
+ADVICE = "Choose another `out`, or remove the data set"
+
+
+@dataclass(frozen=True)
+class HeldDataset:
+    """A finished data set, as its manifest knows it: rows that a stopped addition left in the tables are left out."""
+
+    store: Store
+    manifest: dict[str, Any]
+    contract: InputContract
+    recordings: pd.DataFrame
+    rejected: pd.DataFrame
+    subjects: pd.DataFrame
+
+    @property
+    def cohorts(self) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = self.manifest["cohorts"]
+        return found
+
+    def is_withdrawn(self, subject: str) -> bool:
+        withdrawn = self.manifest.get("withdrawn")
+        return withdrawn is not None and keyed_hash(withdrawn["key"], subject) in withdrawn["subjects"]
+
+
+def read_held(out: Store, *, unfinished: bool = False) -> HeldDataset | None:
+    """Return the finished data set at `out`, or None where there is none; one in withdrawal only if `unfinished`."""
+    if not out.exists(MANIFEST):
+        return None
+    manifest = out.read_json(MANIFEST)
+    if not unfinished:
+        check_no_withdrawal(manifest, out.url)
+    if "cohorts" not in manifest:
+        raise ConfigError(f"{out.url} holds a data set that an earlier version of this program made. {ADVICE}")
+    recordings, rejected = (
+        table[table["addition"] < len(manifest["cohorts"])].reset_index(drop=True)
+        for table in (read_parquet(out, RECORDINGS), read_parquet(out, REJECTED))
+    )
+    subjects = read_parquet(out, SUBJECTS)
+    return HeldDataset(
+        store=out,
+        manifest=manifest,
+        contract=InputContract.from_json(out.read_json(input_contract.FILE_NAME)),
+        recordings=recordings,
+        rejected=rejected,
+        subjects=subjects[subjects["subject"].isin(set(recordings["subject"]))].reset_index(drop=True),
+    )
+
+
+def is_finished(held: HeldDataset, settings: PrepareSettings, source: Source, atlas: AtlasImage) -> bool:
+    """Return whether the data set holds what the settings ask for; False means that `add` has something to add.
+
+    Raises
+    ------
+    ConfigError
+        If it was made with other settings or from other inputs, naming what differs.
+    """
+    _check_atlas(held, settings, atlas)
+    now = inputs_hash(source.entries, source.subjects)
+    cohorts = [cohort for cohort in held.cohorts if not differences(settings.data_tree(), cohort["config"])]
+    if any(cohort["inputs_sha256"] == now for cohort in cohorts):
+        _check_unchanged(held, source.entries)
+        return True
+    if settings.add:
+        _check_processing(held, settings)
+        _check_unchanged(held, source.entries)
+        return False
+    if not cohorts:
+        listed = _listed(differences(settings.data_tree(), held.cohorts[0]["config"]))
+        raise ConfigError(
+            f"{held.store.url} holds a data set made with other settings:\n{listed}\n{ADVICE}, or give add=true to "
+            "add other recordings, processed alike"
+        )
+    raise ConfigError(
+        f"{held.store.url} holds a data set made from other inputs: recordings, their tables or the sizes of files "
+        f"have changed ({len(source.entries)} recordings found now). {ADVICE}, or give add=true to add the new ones"
+    )
+
+
+def new_entries(held: HeldDataset, source: Source) -> tuple[list[SourceEntry], int]:
+    """Return the entries that the data set does not hold, and how many are of withdrawn subjects and left out."""
+    known = set(held.recordings["recording_id"])
+    fresh = [entry for entry in source.entries if entry.recording_id not in known]
+    kept = [entry for entry in fresh if not held.is_withdrawn(entry.subject)]
+    return kept, len(fresh) - len(kept)
+
+
+def merged_subjects(held: HeldDataset, added: pd.DataFrame) -> pd.DataFrame:
+    """Return one row a subject of old and new; columns are those of either.
+
+    Raises
+    ------
+    DataError
+        If a subject has another value of a phenotype now, naming subject and column.
+    """
+    both = held.subjects.merge(added, on="subject", how="outer", suffixes=("", " (added)"), sort=True)
+    twice = [name for name in held.subjects.columns if f"{name} (added)" in both.columns]
+    wrong = []
+    for name in twice:
+        old, new = both[name], both.pop(f"{name} (added)")
+        other = old.notna() & new.notna() & (old.astype("string") != new.astype("string"))
+        wrong += [
+            f"subject {subject}: {name} is {a} in the data set, {b} now"
+            for subject, a, b in zip(both.loc[other, "subject"], old[other], new[other])
+        ]
+        both[name] = old.where(old.notna(), new)
+    if wrong:
+        raise DataError(f"phenotypes disagree with the data set's:\n{_listed(wrong)}")
+    return both
+
+
+def for_addition(held: HeldDataset, settings: PrepareSettings) -> PrepareSettings:
+    """Return the settings with the data set's TR and statistics: what is added is resampled and scaled with them."""
+    return replace(settings, target_tr_s=held.contract.tr_s, statistics=None)
+
+
+def keyed_hash(key: str, subject: str) -> str:
+    return hmac.new(bytes.fromhex(key), subject.encode(), hashlib.sha256).hexdigest()
+
+
+def _check_atlas(held: HeldDataset, settings: PrepareSettings, atlas: AtlasImage) -> None:
+    fingerprints = {cohort["atlas_fingerprint"] for cohort in held.cohorts}
+    if held.contract.atlas.to_json() != atlas.atlas.to_json() or atlas.fingerprint not in fingerprints:
+        image = "the contract's" if settings.atlas is None else settings.atlas.image or settings.atlas.name
+        raise ConfigError(
+            f"{held.store.url} holds a data set made with another atlas: {image}, its table of labels or a "
+            f"transform has changed since. {ADVICE}"
+        )
+
+
+def _check_processing(held: HeldDataset, settings: PrepareSettings) -> None:
+    first: Mapping[str, Any] = held.cohorts[0]["config"]
+    ours = settings.processing_tree()
+    found = differences(ours, {name: first[name] for name in ours})
+    if settings.target_tr_s is not None and abs(settings.target_tr_s - held.contract.tr_s) > 1e-9:
+        found.append(f"target_tr_s: {settings.target_tr_s:g} here, {held.contract.tr_s:g} there")
+    if found:
+        raise ConfigError(
+            f"add: {held.store.url} was made with other processing, and a data set is never a mixture:\n"
+            f"{_listed(found)}\nUse the same settings, or choose another `out`"
+        )
+
+
+def _check_unchanged(held: HeldDataset, entries: Iterable[SourceEntry]) -> None:
+    """Raise `ConfigError` if a source file does not have the bytes that the data set was made from."""
+    made = held.store.modified(MANIFEST).timestamp()
+    table = held.recordings.set_index("recording_id")
+    known = {
+        column: dict(zip(table.index, table[column]))
+        for column in ("source_bytes", "source_sha256", "confounds_sha256")
+    }
+    changed = []
+    for entry in entries:
+        if entry.recording_id not in known["source_sha256"]:
+            continue
+        size = int(entry.file_stamp.partition(":")[0] or 0)
+        if size != known["source_bytes"][entry.recording_id]:
+            changed.append(entry.source)
+            continue
+        for column, file in (("source_sha256", entry.file), ("confounds_sha256", entry.confounds)):
+            path = Path(file)
+            newer = bool(file) and "://" not in file and path.is_file() and path.stat().st_mtime > made
+            if newer and known[column][entry.recording_id] != sha256_of_file(path):
+                changed.append(path.name)
+    if changed:
+        raise ConfigError(
+            f"{len(changed)} source files have changed since {held.store.url} was made, for example {changed[0]}. "
+            f"{ADVICE}"
+        )
+
+
+def _listed(lines: list[str]) -> str:
+    more = [f"  and {len(lines) - MAX_LISTED} more"] if len(lines) > MAX_LISTED else []
+    return "\n".join([*(f"  {line}" for line in lines[:MAX_LISTED]), *more])

@@ -1,0 +1,83 @@
+"""Where each prepared recording goes: split, fold, shard, and rows of the archive."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+
+from brainlm.errors import ConfigError
+from data_prep.held_dataset import HeldDataset
+from data_prep.parquet_tables import REJECTED_COLUMNS
+from data_prep.read_table import text
+from data_prep.settings import PrepareSettings
+from data_prep.source_entry import SourceEntry
+from data_prep.splits import SplitItem, assign_splits
+
+SITE = "site"
+
+
+def place_in_splits(
+    settings: PrepareSettings,
+    table: pd.DataFrame,
+    subjects: pd.DataFrame,
+    entries: list[SourceEntry],
+    held: HeldDataset | None,
+) -> tuple[pd.DataFrame, pd.DataFrame, list[SplitItem]]:
+    """Give each recording its split.
+
+    Returns
+    -------
+    table, refused : DataFrame
+        Recordings with their column ``split``, and rows for those that would join what is in different splits already.
+    items : list of SplitItem
+        Of all recordings, those of `held` included.
+    """
+    given = {entry.recording_id: entry.split for entry in entries}
+    both = table if held is None else pd.concat([held.recordings, table], ignore_index=True)
+    items = [
+        SplitItem(recording_id=recording_id, subject=subject, group=group, series_sha256=sha256, site=site, given=split)
+        for recording_id, subject, group, sha256, site, split in zip(
+            both["recording_id"],
+            both["subject"],
+            _groups(settings, both, subjects),
+            both["series_sha256"],
+            both[SITE],
+            [given.get(recording_id, "") for recording_id in both["recording_id"]],
+        )
+    ]
+    placed = {} if held is None else dict(zip(held.recordings["recording_id"], held.recordings["split"]))
+    split_of, reasons = assign_splits(items, settings.splits, placed)
+    fine = ~table["recording_id"].isin(list(reasons))
+    refused = table.loc[~fine, ["recording_id", "subject", "source"]].copy()
+    refused["stage"] = "splits"
+    refused["reason"] = [reasons[recording_id] for recording_id in refused["recording_id"]]
+    refused = refused.reindex(columns=list(REJECTED_COLUMNS))
+    table = table[fine].reset_index(drop=True)
+    table["split"] = pd.Series([split_of[recording_id] for recording_id in table["recording_id"]], dtype="string")
+    return table, refused, [item for item in items if item.recording_id not in reasons]
+
+
+def place_in_archive(table: pd.DataFrame, first_row: int, first_place: int) -> None:
+    """Fill the columns ``first_row`` and ``archive_row``, in the order of the table."""
+    ends = table["num_timepoints"].cumsum()
+    table["first_row"] = first_row + ends - table["num_timepoints"]
+    table["archive_row"] = first_place + np.arange(len(table), dtype=np.int64)
+
+
+def _groups(settings: PrepareSettings, table: pd.DataFrame, subjects: pd.DataFrame) -> list[str]:
+    group_by = settings.splits.group_by
+    if group_by == "subject":
+        return [""] * len(table)
+    if group_by in ("family", SITE):
+        groups = [text(value) for value in table[group_by]]
+    elif group_by in subjects.columns:
+        of_subject = dict(zip(subjects["subject"], subjects[group_by]))
+        groups = [text(of_subject.get(subject)) for subject in table["subject"]]
+    else:
+        raise ConfigError(
+            f"splits.group_by: expected subject, family, site or a phenotype column "
+            f"({', '.join(subjects.columns[1:]) or 'there are none'}), found {group_by!r}"
+        )
+    if not any(groups):
+        raise ConfigError(f"splits.group_by: no recording has a {group_by}; set source.columns.{group_by}")
+    return groups

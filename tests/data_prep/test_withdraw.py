@@ -1,0 +1,136 @@
+"""Withdrawn subjects are in no file any more, and do not come back."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainlm.checkpoint import save_checkpoint
+from brainlm.dataset import SPLITS, open_dataset
+from brainlm.errors import DataError
+from brainlm.testing import small_model
+from data_prep import inspect_dataset
+
+GONE = ("S_001", "S_004")
+
+
+@pytest.fixture(params=["float32", "float16"])
+def made(toy, rng, request):
+    """A data set of eight recordings, and a file that withdraws two of their subjects and two strangers."""
+    tree = toy.settings(
+        toy.write_table(rng, num_subjects=8), shards={"dtype": request.param, "recordings_per_shard": 3}
+    )
+    assert toy.prepare(tree) == 0
+    (toy.folder / "withdrawn.csv").write_text("# eid\nsub-001\n004,2026-11-20\n999\n998\n")
+    return tree, f"withdraw={toy.folder / 'withdrawn.csv'}"
+
+
+def series(tree):
+    dataset = open_dataset(tree["out"])
+    return {
+        entry.recording_id: dataset.split(split).recording(index)
+        for split in SPLITS
+        for index, entry in enumerate(dataset.split(split).entries)
+    }
+
+
+def test_withdrawn_subjects_are_in_no_file(toy, made, tree_bytes, capsys):
+    tree, command = made
+    before = series(tree)
+    assert toy.prepare(tree, command) == 0
+    assert "4 subjects, 2 of them" in capsys.readouterr().out
+    after = series(tree)
+    assert set(after) == set(before) - set(GONE)
+    for recording_id in after:
+        np.testing.assert_array_equal(after[recording_id], before[recording_id])
+    originals = [np.load(toy.folder / "table" / "ts" / f"{name}.npy") for name in GONE]
+    for name, data in tree_bytes(Path(tree["out"])).items():
+        assert not any(gone.encode() in data for gone in GONE), name
+        for original in originals:
+            assert original[10:12].tobytes() not in data, name
+    for table in ("recordings", "subjects", "folds", "rejected"):
+        frame = pd.read_parquet(Path(tree["out"]) / f"{table}.parquet")
+        assert not {"001", "004", *GONE} & set(frame.astype(str).to_numpy().ravel()), table
+    assert inspect_dataset.main([tree["out"]]) == 0, capsys.readouterr().out
+
+
+def test_statistics_stay_and_the_contract_says_so(toy, made):
+    tree, command = made
+    before = open_dataset(tree["out"])
+    assert toy.prepare(tree, command) == 0
+    after = open_dataset(tree["out"])
+    np.testing.assert_array_equal(after.contract.iqr, before.contract.iqr)
+    assert any("2 recordings of 2 subjects were withdrawn" in flag for flag in after.contract.flags)
+    assert after.content_hash != before.content_hash
+
+
+def test_they_do_not_come_back_when_recordings_are_added_or_the_command_is_repeated(toy, made, rng, capsys, tree_bytes):
+    tree, command = made
+    assert toy.prepare(tree, command) == 0
+    done = tree_bytes(Path(tree["out"]))
+    assert toy.prepare(tree) == 0
+    assert toy.prepare(tree, command) == 0
+    assert "0 of them" in capsys.readouterr().out
+    assert tree_bytes(Path(tree["out"])) == done
+    path = toy.folder / "table" / "list.tsv"
+    np.save(path.parent / "ts" / "S_008.npy", toy.write_series(rng).astype(np.float32))
+    path.write_text(path.read_text() + "S_008\t008\t31\t1\tsite0\t2.0\n")
+    assert toy.prepare(tree, "add=true") == 0
+    ids = pd.read_parquet(Path(tree["out"]) / "recordings.parquet")["recording_id"].tolist()
+    assert "S_008" in ids
+    assert not set(GONE) & set(ids)
+    assert inspect_dataset.main([tree["out"]]) == 0
+
+
+@pytest.mark.parametrize("stop_at", ["recordings.parquet", "dataset.json", "index.json", "tar"])
+def test_a_stopped_withdrawal_is_finished_by_the_same_command(toy, made, monkeypatch, tree_bytes, stop_at):
+    from brainlm.store import Store
+
+    tree, command = made
+    whole = tree | {"out": str(toy.folder / "whole")}
+    assert toy.prepare(whole) == 0
+    assert toy.prepare(whole, command) == 0
+    real, seen = Store.write_bytes, []
+
+    def stopped(store, name, data):
+        seen.append(name)
+        wanted = [found for found in seen if found.endswith(stop_at)]
+        if len(wanted) == (2 if stop_at == "dataset.json" else 1) and name.endswith(stop_at):
+            raise KeyboardInterrupt
+        real(store, name, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_bytes", stopped)
+        assert toy.prepare(tree, command) == 130
+    with pytest.raises(DataError, match="withdrawal of subjects was stopped"):
+        open_dataset(tree["out"])
+    assert toy.prepare(tree) == 1
+    assert toy.prepare(tree, command) == 0
+    assert tree_bytes(Path(tree["out"])) == tree_bytes(Path(whole["out"]))
+
+
+def test_checkpoints_that_saw_them_are_listed(toy, made, capsys):
+    tree, command = made
+    for name, subjects in (("saw", ["001", "002"]), ("did-not", ["002", "003"])):
+        model = small_model(open_dataset(tree["out"]).contract)
+        save_checkpoint(str(toy.folder / "runs" / name / "step-1"), model, {}, train_subjects=subjects)
+    assert toy.prepare(tree, command, f"checkpoints=[{toy.folder / 'runs'}]") == 0
+    out = capsys.readouterr().out
+    assert f"trained on 1 of them: {toy.folder / 'runs'}/saw/step-1" in out
+    assert "did-not" not in out
+    assert "1 of 2 checkpoints" in out
+
+
+def test_nobody_left_and_an_empty_list_are_errors(toy, made, capsys):
+    tree, _ = made
+    everyone = toy.folder / "all.txt"
+    everyone.write_text("\n".join(f"{number:03d}" for number in range(8)))
+    assert toy.prepare(tree, f"withdraw={everyone}") == 1
+    assert "nobody would be left" in capsys.readouterr().err
+    everyone.write_text("# nobody\n")
+    assert toy.prepare(tree, f"withdraw={everyone}") == 1
+    assert "lists no subjects" in capsys.readouterr().err
+    assert "pending" not in json.loads((Path(tree["out"]) / "dataset.json").read_bytes()).get("withdrawn", {})
+    assert len(series(tree)) == 8
