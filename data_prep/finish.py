@@ -24,7 +24,7 @@ from data_prep.parquet_tables import FOLDS, RECORDING_COLUMNS, RECORDINGS, REJEC
 from data_prep.quality_page import QualityReport, quality_page
 from data_prep.settings import PrepareSettings
 from data_prep.write_shards import ShardRows
-from data_prep.zarr_store import read_archived
+from data_prep.zarr_store import mean_coverage, read_archived
 
 VERSIONS_OF = ("brainlm", "numpy", "scipy", "nibabel", "nilearn", "pandas", "pyarrow", "zarr")
 QUALITY_PAGE = "quality.html"
@@ -132,4 +132,5 @@ def _quality_report(out: Store, contents: Contents) -> QualityReport:
         duplicates=contents.duplicates,
         warnings=contents.warnings,
         carpet=carpet,
+        parcel_coverage=mean_coverage(out, contents.recordings),
     )

@@ -16,7 +16,7 @@ from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED_COLUMNS
 from data_prep.settings import PrepareSettings
 from data_prep.source_entry import Source
 from data_prep.sources import inputs_hash
-from data_prep.splits import SplitItem, find_duplicates, leave_one_out_folds, test_site_notes
+from data_prep.splits import SplitItem, find_duplicates, leave_one_out_folds, notes_on_test_sites
 
 
 def gather(
@@ -51,7 +51,7 @@ def gather(
         table,
         refused,
         [cohort],
-        [*notes, *fold_notes, *test_site_notes(items, settings.splits)],
+        [*notes, *fold_notes, *notes_on_test_sites(items, settings.splits)],
     )
     withdrawn = None
     if held is not None:

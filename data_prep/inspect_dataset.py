@@ -1,102 +1,226 @@
-"""Check a finished data set: hashes, counts, subjects in two splits, values that are not finite, equal series.
+"""Check a finished data set: hashes, counts, splits, values, statistics, and whether its parts agree with one another.
 
 ::
 
-    python data_prep/inspect_dataset.py URL
+    python data_prep/inspect_dataset.py URL [--quick] [--json PATH]
 
-Exit status 0 if everything holds, else 1; every finding is printed.
+Every byte of the shards and every recording of the archive is read, in bounded memory; with `--quick` no tar is hashed
+and a sample of the recordings is read. Prints a table of repetition times and sites, then all findings: faults, which
+must not be, and notes, which a reader should know. Nothing in the data set is trusted or changed. Exit status 1 if
+there is any fault, else 0.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
+import json
+import random
 import sys
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from brainlm.dataset import SPLITS, Dataset, open_dataset
-from brainlm.errors import BrainLMError
+from brainlm import input_contract
+from brainlm.dataset import MANIFEST, SPLITS, open_dataset
+from brainlm.input_contract import InputContract
 from brainlm.shards import FOLDER as SHARDS_FOLDER
-from data_prep.finish import content_hash
-from data_prep.one_recording import series_sha256
-from data_prep.parquet_tables import RECORDINGS, read_parquet
-from data_prep.zarr_store import zarr_root
+from brainlm.store import TEMPORARY, Store
+from data_prep import check_tables
+from data_prep.check_archive import Archive, check_gaps, check_places, measure, places
+from data_prep.check_shards import Known, check_median, check_shard_files
+from data_prep.check_tables import named
+from data_prep.findings import Findings, read_bounded_json
+from data_prep.finish import QUALITY_PAGE, TRUTH
+from data_prep.parquet_tables import FOLDS, RECORDINGS, REJECTED, SUBJECTS
+from data_prep.run_log import FOLDER as LOG_FOLDER
+from data_prep.zarr_store import FOLDER as ARCHIVE_FOLDER
+
+QUICK_RECORDINGS = 32
+FILES = {MANIFEST, input_contract.FILE_NAME, QUALITY_PAGE, RECORDINGS, REJECTED, SUBJECTS, FOLDS}
+FOLDERS = {ARCHIVE_FOLDER, SHARDS_FOLDER, TRUTH, LOG_FOLDER}
+
+
+@dataclass
+class Inspection:
+    """What was found, and what a reader likes to see of any data set."""
+
+    url: str
+    findings: Findings = field(default_factory=Findings)
+    repetition_times: list[dict[str, Any]] = field(default_factory=list)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "url": self.url,
+            "num_faults": self.findings.num_faults,
+            "counts": self.counts,
+            "repetition_times": self.repetition_times,
+            "findings": self.findings.to_json(),
+        }
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url", help="folder or URL of the data set")
+    parser.add_argument("--quick", action="store_true", help="hash no shard, read a sample of the recordings")
+    parser.add_argument("--json", metavar="PATH", help="write counts and findings there too")
     args = parser.parse_args(argv)
-    try:
-        dataset = open_dataset(args.url)
-        table = read_parquet(dataset.store, RECORDINGS)
-        found = [*check_manifest(dataset, table), *check_shards(dataset, table), *check_archive(dataset, table)]
-    except BrainLMError as error:
-        found = [str(error)]
-    for line in found:
-        print(f"fault: {line}")
-    if not found:
-        print(f"{args.url}: {len(table)} recordings of {table['subject'].nunique()} subjects, no fault found")
-    return 1 if found else 0
+    found = Inspection(args.url)
+    found.findings.guard("data set", args.url, inspect, found, args.quick)
+    show(found, args.quick)
+    if args.json:
+        try:
+            with open(args.json, "w") as file:
+                file.write(json.dumps(found.to_json(), indent=1) + "\n")
+        except OSError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 1
+    return 1 if found.findings.num_faults else 0
 
 
-def check_manifest(dataset: Dataset, table: pd.DataFrame) -> list[str]:
-    """Compare table, contract and manifest with one another."""
-    found = []
-    if dataset.content_hash != content_hash(dataset.manifest["shards"], dataset.contract, table):
-        found.append("the content hash of dataset.json does not fit contract, shards and recordings.parquet")
+def inspect(found: Inspection, quick: bool = False) -> None:
+    """Fill in what is found; raise only where nothing more can be said."""
+    findings = found.findings
+    store = Store(found.url)
+    if store.exists(MANIFEST):
+        check_tables.check_manifest(read_bounded_json(store, MANIFEST))
+    dataset = open_dataset(found.url)
+    manifest, contract = dataset.manifest, dataset.contract
+    table = check_tables.finished(check_tables.read_table(store, RECORDINGS), manifest)
+    check_tables.check_recordings(table)
+    found.counts = {
+        "recordings": len(table),
+        "subjects": int(table["subject"].nunique()),
+        "timepoints": int(table["num_timepoints"].sum()),
+    }
+    found.repetition_times = check_tables.repetition_times(table)
+    guard = findings.guard
+    subjects = guard("subjects", SUBJECTS, check_tables.read_table, store, SUBJECTS)
+    if subjects is None or "subject" not in subjects.columns:
+        subjects = pd.DataFrame({"subject": table["subject"].unique()})
+    guard("counts", MANIFEST, check_tables.check_counts, findings, manifest, contract, table)
+    guard("splits", RECORDINGS, check_tables.check_splits, findings, manifest, table, subjects)
+    guard("subjects", SUBJECTS, check_tables.check_other_tables, findings, store, manifest, table)
+    guard("TR", RECORDINGS, check_tables.check_repetition_times, findings, contract, table)
+    guard("statistics", input_contract.FILE_NAME, check_tables.check_statistics, findings, contract, table)
+    if store.exists(FOLDS):
+        folds = guard("folds", FOLDS, check_tables.read_table, store, FOLDS)
+        if folds is not None:
+            guard("folds", FOLDS, check_tables.check_folds, findings, manifest, table, subjects, folds)
+    archive = guard("archive", ARCHIVE_FOLDER, open_archive, findings, store, contract, table)
+    check_series(findings, store, manifest, contract, table, archive, quick)
+    if archive is not None and not quick:
+        guard("archive", ARCHIVE_FOLDER, check_gaps, findings, archive, table)
+    guard("leftovers", found.url, check_leftovers, findings, store, manifest)
+
+
+def open_archive(findings: Findings, store: Store, contract: InputContract, table: pd.DataFrame) -> Archive:
+    archive = Archive(store, contract.atlas.num_parcels)
+    check_places(findings, archive, table)
+    return archive
+
+
+def check_series(
+    findings: Findings,
+    store: Store,
+    manifest: dict[str, Any],
+    contract: InputContract,
+    table: pd.DataFrame,
+    archive: Archive | None,
+    quick: bool,
+) -> None:
+    """Walk over the shards, and over the archive with them; then over what the shards do not have."""
+    rows = check_tables.RowsById(table)
+    where = places(table)
+    measured: set[str] = set()
+
+    def read(place: Any) -> Any:
+        if archive is None:
+            return None
+        measured.add(place.recording_id)
+        return findings.guard(
+            "archive", place.recording_id, measure, findings, archive, place, rows[place.recording_id]
+        )
+
+    chosen = frozenset(sample(list(rows), manifest["content_hash"])) if quick else None
+    known = Known(
+        rows=rows,
+        places=where,
+        archive=archive,
+        measure=read,
+        chosen=chosen,
+        below=None if quick else np.zeros((4, contract.atlas.num_parcels), dtype=np.int64),
+        median=contract.median,
+        iqr=contract.iqr,
+        in_statistics=in_statistics(contract, table),
+    )
     for split in SPLITS:
-        part = table[table["split"] == split]
-        counted = {"recordings": len(part), "subjects": int(part["subject"].nunique())}
-        counted["timepoints"] = int(part["num_timepoints"].sum())
-        if counted != dataset.manifest["counts"][split]:
-            found.append(f"{split}: dataset.json counts {dataset.manifest['counts'][split]}, the table {counted}")
-    splits_of = table.groupby("subject")["split"].nunique()
-    found += [f"subject {subject} is in {count} splits" for subject, count in splits_of[splits_of > 1].items()]
-    for _, part in table.groupby("series_sha256"):
-        ids = ", ".join(part["recording_id"])
-        if part["split"].nunique() > 1:
-            found.append(f"equal series in several splits: {ids}")
-        elif len(part) > 1 and sorted(part["recording_id"]) not in dataset.manifest["duplicates"]:
-            found.append(f"equal series that dataset.json does not list: {ids}")
-    return found
+        inside: list[str] = []
+        for shard in manifest["shards"].get(split, []):
+            check = partial(check_shard_files, findings, store, split, shard, contract.atlas.num_parcels, known)
+            inside += findings.guard("shards", f"{SHARDS_FOLDER}/{shard['name']}", check) or []
+        expected = set(table.loc[table["split"] == split, "recording_id"])
+        if twice := len(inside) - len(set(inside)):
+            findings.fault("shards", split, f"{twice} recordings are in several shards")
+        if lacking := sorted(expected - set(inside)):
+            findings.fault("shards", split, f"{len(lacking)} recordings are in no shard: {named(lacking)}")
+    for recording_id in rows if chosen is None else sorted(chosen):
+        if archive is not None and recording_id not in measured:
+            read(where[recording_id])
+    if known.below is not None and known.in_statistics:
+        check_median(findings, known.below, contract.atlas.parcel_names, contract.iqr)
 
 
-def check_shards(dataset: Dataset, table: pd.DataFrame) -> list[str]:
-    """Compare the tars with their hashes and with the table."""
-    found = []
-    for split in SPLITS:
-        for shard in dataset.manifest["shards"].get(split, []):
-            name = f"{SHARDS_FOLDER}/{shard['name']}.tar"
-            if hashlib.sha256(dataset.store.read_bytes(name)).hexdigest() != shard["sha256"]:
-                found.append(f"{name}: its bytes have changed (sha256)")
-        reader = dataset.split(split)
-        expected = set(table[table["split"] == split]["recording_id"])
-        inside = {entry.recording_id for entry in reader.entries}
-        if inside != expected or len(reader) != len(expected):
-            found.append(f"{split}: the shards hold {len(inside)} recordings, the table {len(expected)}")
-        for index, entry in enumerate(reader.entries):
-            if not np.isfinite(reader.recording(index)).all():
-                found.append(f"{entry.recording_id}: values that are not finite in its shard")
-    return found
+def sample(ids: list[str], seed: str) -> list[str]:
+    """Return a few of the recordings; the same ones for the same data set."""
+    return sorted(random.Random(seed).sample(sorted(ids), min(QUICK_RECORDINGS, len(ids))))
 
 
-def check_archive(dataset: Dataset, table: pd.DataFrame) -> list[str]:
-    """Compare the archive with the hashes of the table."""
-    import zarr
+def in_statistics(contract: InputContract, table: pd.DataFrame) -> frozenset[str]:
+    """Return the recordings that median and IQR are of; nobody where they are a checkpoint's or some were withdrawn."""
+    train = table[table["split"] == "train"]
+    if "addition" in table.columns:
+        train = train[train["addition"] == 0]
+    if len(train) != contract.num_statistics_recordings or contract.statistics_from.startswith("the contract of"):
+        return frozenset()
+    return frozenset(map(str, train["recording_id"]))
 
-    group = zarr.open_group(zarr_root(dataset.store), mode="r")
-    found = []
-    for number, row in enumerate(table.to_dict("records")):
-        bold = np.asarray(group["bold"][row["first_row"] : row["first_row"] + row["num_timepoints"]])
-        missing = np.asarray(group["coverage"][number]) <= 0
-        if series_sha256(bold) != row["sha256"]:
-            found.append(f"{row['recording_id']}: its series in the archive has changed (sha256)")
-        if not np.isfinite(bold[:, ~missing]).all() or not np.isnan(bold[:, missing]).all():
-            found.append(f"{row['recording_id']}: values and coverage contradict each other in the archive")
-    return found
+
+def check_leftovers(findings: Findings, store: Store, manifest: dict[str, Any]) -> None:
+    """List files and folders that the manifest does not know: of stopped runs, or somebody's own."""
+    shards = {
+        f"{shard['name']}.{ending}"
+        for rows in manifest["shards"].values()
+        for shard in rows
+        for ending in ("tar", "index.json")
+    }
+    for folder, expected in (("", FILES | FOLDERS), (SHARDS_FOLDER, shards)):
+        for name in sorted(set(store.names(folder, temporary=True)) - expected):
+            told = "left by a stopped run" if name == "staging" or name.endswith(TEMPORARY) else "not of this data set"
+            findings.note("leftovers", f"{folder}/{name}" if folder else name, told)
+    for name in store.find(ARCHIVE_FOLDER, temporary=True):
+        if name.endswith(TEMPORARY):
+            findings.note("leftovers", f"{ARCHIVE_FOLDER}/{name}", "of a stopped run")
+
+
+def show(found: Inspection, quick: bool) -> None:
+    """Print the tables and the findings."""
+    if found.repetition_times:
+        print(f"{'source TR (s)':>13}  {'recordings':>10}  {'subjects':>8}  {'resampled':>9}  site")
+        for row in found.repetition_times:
+            print(
+                f"{row['source_tr_s']:>13g}  {row['recordings']:>10}  {row['subjects']:>8}  {row['resampled']:>9}  "
+                f"{row['site'] or '(unknown)'}"
+            )
+    for line in found.findings.lines():
+        print(line)
+    counted = f"{found.counts.get('recordings', 0)} recordings of {found.counts.get('subjects', 0)} subjects"
+    looked = f" (quick: {QUICK_RECORDINGS} recordings at most were read, no shard was hashed)" if quick else ""
+    told = f"{found.findings.num_faults} faults" if found.findings.num_faults else "no fault found"
+    print(f"{found.url}: {counted}, {told}{looked}")
 
 
 if __name__ == "__main__":

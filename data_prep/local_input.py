@@ -1,4 +1,7 @@
-"""Have an input file on local disk for as long as it is read."""
+"""Have an input file on local disk for as long as it is read.
+
+A BIDS sidecar that lies beside a table (``.json`` under the same name) comes with it.
+"""
 
 from __future__ import annotations
 
@@ -28,5 +31,8 @@ def local_input(url: str) -> Iterator[Path]:
     store = Store(folder)
     if not store.exists(name):
         raise DataError(f"there is no file {name}")
+    sidecar = f"{name.removesuffix('.tsv')}.json"
     with store.local_copy(name) as path:
+        if name.endswith(".tsv") and store.exists(sidecar):
+            path.with_suffix(".json").write_bytes(store.read_bytes(sidecar))
         yield path

@@ -2,30 +2,110 @@
 
 from __future__ import annotations
 
+import io
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pandas as pd
 
 from brainlm.errors import DataError
-from data_prep.source_entry import MAX_LISTED
+from data_prep.input_files import file_stamp
+from data_prep.local_input import local_input
+
+NO_TEXT = ("", "n/a")  # what an empty cell of a name looks like: BIDS writes n/a
+MISSING_WORDS = frozenset(
+    ["", "n/a", "N/A", "NA", "#N/A", "#NA", "NaN", "nan", "NAN", "-nan", "-NaN", "null", "NULL", "None", "<NA>"]
+)
 
 
-def read_table(path: str | Path, text_columns: list[str]) -> pd.DataFrame:
-    """Read .tsv, .csv or .parquet; `text_columns` stay text (``007`` is no number). Missing values stay missing."""
-    path = Path(path)
-    if not path.is_file():
-        raise DataError(f"there is no table {path}")
+def read_table(path: str | Path, text_columns: Iterable[str], only: Iterable[str] | None = None) -> pd.DataFrame:
+    """Read .tsv, .csv or .parquet, on local disk or at any fsspec URL. Missing values stay missing.
+
+    Parameters
+    ----------
+    path : str or path
+    text_columns : iterable of str
+        Columns that stay text: ``007`` is no number, and a parcel or subject called ``NA`` is not missing.
+    only : iterable of str or None
+        Columns to keep, where the table has them; a table of a biobank can have thousands.
+
+    Raises
+    ------
+    DataError
+        If there is no such table, two of its columns share a name, or its rows have other lengths than its header.
+    """
+    where = str(path)
+    if not file_stamp(where):
+        raise DataError(f"there is no table {where}")
+    with local_input(where) as local:
+        try:
+            return (
+                _read_parquet(local, text_columns, only)
+                if local.suffix == ".parquet"
+                else _read_text(local, set(text_columns), only)
+            )
+        except DataError as error:
+            raise DataError(f"{where}: {error}") from error
+        except (ValueError, OSError) as error:  # pandas' and pyarrow's parser errors are ValueErrors
+            raise DataError(f"cannot read the table {where}: {error}") from error
+
+
+def _read_parquet(path: Path, text_columns: Iterable[str], only: Iterable[str] | None) -> pd.DataFrame:
+    columns: list[str] | None = None
+    if only is not None:
+        import pyarrow.parquet as parquet
+
+        wanted = set(only)
+        columns = [name for name in parquet.read_schema(path).names if name in wanted]
+    table = pd.read_parquet(path, columns=columns)
+    for name in set(text_columns) & set(table.columns):
+        table[name] = table[name].map(lambda value: None if pd.isna(value) else str(value)).astype(object)
+    return table
+
+
+def _read_text(path: Path, text_columns: set[str], only: Iterable[str] | None) -> pd.DataFrame:
+    data = path.read_bytes()
+    separator = "," if path.suffix == ".csv" else "\t"
+    header = _header(io.BytesIO(data), separator)
+    twice = [name for name, count in Counter(header).items() if count > 1]
+    if twice:
+        raise DataError(f"several columns are called {', '.join(map(repr, twice))}")
+    kept = header if only is None else [name for name in header if name in set(only)]
+    missing = {name: list(NO_TEXT if name in text_columns else MISSING_WORDS) for name in kept}
+    _check_lengths(data, separator, len(header))
+    return pd.read_csv(
+        io.BytesIO(data),
+        sep=separator,
+        usecols=kept,
+        dtype=dict.fromkeys(text_columns & set(kept), str),
+        index_col=False,
+        keep_default_na=False,
+        na_values=missing,
+        low_memory=False,  # one type a column, however long the table
+    )
+
+
+def _check_lengths(data: bytes, separator: str, num_columns: int) -> None:
+    """Refuse rows with more cells than the header, which pandas would cut. Lines with quotes are left to it."""
+    mark = separator.encode()
+    is_quoted = False
+    for number, line in enumerate(io.BytesIO(data), start=1):
+        num_quotes = line.count(b'"')
+        if not is_quoted and not num_quotes:
+            num_cells = line.rstrip(mark + b" \r\n").count(mark) + 1
+            if num_cells > num_columns:
+                raise DataError(f"line {number} has {num_cells} cells, the header {num_columns}")
+        is_quoted ^= bool(num_quotes % 2)
+
+
+def _header(stream: IO[bytes], separator: str) -> list[str]:
     try:
-        if path.suffix == ".parquet":
-            table = pd.read_parquet(path)
-            for name in set(text_columns) & set(table.columns):
-                table[name] = table[name].map(lambda value: value if pd.isna(value) else str(value))
-            return table
-        separator = "," if path.suffix == ".csv" else "\t"
-        return pd.read_csv(path, sep=separator, dtype=dict.fromkeys(text_columns, str))
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
-        raise DataError(f"cannot read the table {path}: {error}") from error
+        row = pd.read_csv(stream, sep=separator, header=None, nrows=1, dtype=str, keep_default_na=False)
+    except pd.errors.EmptyDataError as error:
+        raise DataError("the table is empty") from error
+    return [str(name) for name in row.iloc[0]]
 
 
 def text(value: Any) -> str:
@@ -33,36 +113,17 @@ def text(value: Any) -> str:
     return "" if value is None or pd.isna(value) else str(value).strip()
 
 
+def category(value: Any) -> str:
+    """Return a cell that names a kind, such as a site, as text; ``NA`` and its like are "", not a site of that name."""
+    found = text(value)
+    return "" if found in MISSING_WORDS else found
+
+
 def number(value: Any, what: str) -> float | None:
+    """Return a cell as a number, None where it is missing; text is a `DataError` that begins with `what`."""
     if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     try:
         return float(value)
     except (ValueError, TypeError) as error:  # a sidecar can hold a list
         raise DataError(f"{what}: expected a number, found {value!r}") from error
-
-
-def subject_rows(table: pd.DataFrame, phenotypes: list[str]) -> pd.DataFrame:
-    """Return one row a subject with its phenotypes as given, sorted by subject.
-
-    Parameters
-    ----------
-    table : DataFrame
-        With a column ``subject``, one row a recording.
-
-    Raises
-    ------
-    DataError
-        If two rows of one subject disagree, naming subject, column and values.
-    """
-    kept = table[["subject", *phenotypes]].drop_duplicates().sort_values("subject", kind="stable")
-    twice = kept["subject"].duplicated(keep=False)
-    if twice.any():
-        lines = []
-        for subject, rows in kept[twice].groupby("subject"):
-            for name in phenotypes:
-                values = rows[name].astype(str).unique().tolist()
-                if len(values) > 1:
-                    lines.append(f"subject {subject}: {name} is {' and '.join(values)}")
-        raise DataError("one subject has several values of one phenotype: " + "; ".join(lines[:MAX_LISTED]))
-    return kept.reset_index(drop=True)

@@ -16,9 +16,10 @@ MAX_LISTED = 10  # how many things a message spells out
 class SourceEntry:
     """One recording to prepare.
 
-    ``file``, ``confounds`` and ``warp`` are local paths or fsspec URLs; ``source`` is the file as a reader of the data
-    set should see it, relative to the source's root. ``file_stamp`` and ``confounds_stamp`` tell without reading
-    whether the bytes may have changed: ``size:modified`` or ``size:etag``, "" where there is no file. ``space`` is the
+    ``file``, ``confounds``, ``warp`` (FSL's, from the image's own space to the template) and ``warp_reference`` (the
+    image that gives the grid) are local paths or fsspec URLs; ``source`` is the file as a reader of the data set should
+    see it, relative to the source's root. Stamps tell without reading whether the bytes may have changed:
+    ``size:modified`` or ``size:etag``, "" where there is no file. ``space`` is the
     BIDS space entity, "" if unknown. ``denoised`` names what has cleaned the recording already (``FIX``,
     ``ICA-AROMA``), "" = nothing. ``split`` is given or "". ``refusal`` says what is already known to be wrong.
     """
@@ -39,9 +40,12 @@ class SourceEntry:
     mean_fd_mm: float | None = None
     denoised: str = ""
     warp: str = ""
+    warp_reference: str = ""
     split: str = ""
     file_stamp: str = ""
     confounds_stamp: str = ""
+    warp_stamp: str = ""
+    warp_reference_stamp: str = ""
     refusal: str = ""
 
 

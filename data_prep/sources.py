@@ -1,39 +1,66 @@
-"""What is to be prepared: recordings listed in a table (`data_prep.listed_files`) or found by `data_prep.bids`."""
+"""What is to be prepared: recordings of a table, a BIDS folder, a pattern of paths, or an open cohort."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
-from pathlib import Path
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import fields
 
 import pandas as pd
 
+from brainlm.dataset import SPLITS
 from brainlm.errors import DataError
 from brainlm.recording import check_recording_id
 from data_prep.bids import find_bids_recordings
+from data_prep.input_files import size_of
 from data_prep.listed_files import find_listed_recordings
+from data_prep.open_cohorts import find_open_recordings
+from data_prep.pattern_files import find_pattern_recordings
 from data_prep.settings import SourceSettings
 from data_prep.source_entry import MAX_LISTED, Source, SourceEntry
 
 MAX_ID_LENGTH = 95  # a member's name in a tar, with its ending, has at most 100
+ROWS_AT_ONCE = 10_000  # of the table of phenotypes, while it is hashed
+PLACES = ("file", "confounds", "warp", "warp_reference")  # where inputs lie says nothing of what they hold
+
+FINDERS: dict[str, Callable[[SourceSettings, str | None], Source]] = {
+    "table": find_listed_recordings,
+    "bids": find_bids_recordings,
+    "pattern": find_pattern_recordings,
+    "nilearn": find_open_recordings,
+}
 
 
-def find_recordings(settings: SourceSettings) -> Source:
+def find_recordings(settings: SourceSettings, split_column: str | None = None) -> Source:
     """List what is to be prepared.
+
+    Parameters
+    ----------
+    settings : SourceSettings
+    split_column : str or None
+        Column of the table or of the phenotypes that gives the split of each recording.
+
+    Returns
+    -------
+    Source
+        Entries sorted by id, one row of phenotypes for each of their subjects, and notes for the reader.
 
     Raises
     ------
     DataError
-        If the source cannot be read, ids repeat or are unfit, or one subject has two values of a phenotype.
+        If the source cannot be read, ids repeat or are unfit, a subject has two values of a phenotype or is not in the
+        table of phenotypes, or a given split is none of train, val and test.
+    StoreError
+        If storage cannot be listed.
     """
-    if settings.kind == "bids":
-        source = find_bids_recordings(settings)
-    else:
-        source = find_listed_recordings(settings)
+    source = FINDERS[settings.kind](settings, split_column)
     if not source.entries:
         raise DataError(f"no recordings in {settings.path}")
     _check_ids(source.entries, settings.path)
+    if split_column is not None:
+        _check_splits(source.entries, split_column, settings.path)
     return Source(
         entries=sorted(source.entries, key=lambda entry: entry.recording_id),
         subjects=source.subjects,
@@ -43,38 +70,60 @@ def find_recordings(settings: SourceSettings) -> Source:
 
 
 def inputs_hash(entries: list[SourceEntry], subjects: pd.DataFrame) -> str:
-    """Identify what goes in by ids, table values and the size of every file."""
-    rows = []
+    """Identify what goes in by ids, table values and the size of every file; not by where or how old the files are.
+
+    Memory does not grow with the number of recordings.
+    """
+    digest = hashlib.sha256()
     for entry in entries:
-        row = asdict(entry)
-        for name in ("file", "confounds"):
-            path = Path(row.pop(name))
-            row[f"{name}_bytes"] = path.stat().st_size if path.is_file() else None
-        rows.append(row)
-    content = json.dumps(rows, sort_keys=True) + subjects.to_json(orient="records", double_precision=15)
-    return hashlib.sha256(content.encode()).hexdigest()
+        row: dict[str, object] = {}
+        for column in fields(entry):
+            value = getattr(entry, column.name)
+            if column.name.endswith("_stamp"):
+                row[column.name.removesuffix("_stamp") + "_bytes"] = size_of(value)
+            elif column.name not in PLACES:
+                row[column.name] = value
+        digest.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    digest.update(json.dumps(list(map(str, subjects.columns))).encode())
+    for first in range(0, len(subjects), ROWS_AT_ONCE):
+        rows = subjects.iloc[first : first + ROWS_AT_ONCE]
+        digest.update(rows.to_json(orient="values", double_precision=15).encode() + b"\n")
+    return digest.hexdigest()
 
 
 def _check_ids(entries: list[SourceEntry], where: str) -> None:
-    unfit = []
+    unfit: dict[str, None] = {}
     for entry in entries:
         for what, value in (("recording id", entry.recording_id), ("subject", entry.subject)):
             try:
                 check_recording_id(value)
             except DataError:
-                unfit.append(f"{what} {value!r}")
+                unfit[f"{what} {value!r} ({entry.source})" if not value else f"{what} {value!r}"] = None
     if unfit:
-        listed = ", ".join(dict.fromkeys(unfit[:MAX_LISTED]))
         raise DataError(
-            f"{where}: expected ids of letters, digits, '-' and '_' without dots, slashes or blanks; found {listed}"
+            f"{where}: expected ids of letters, digits, '-' and '_' without dots, slashes or blanks; found "
+            f"{', '.join(list(unfit)[:MAX_LISTED])}"
         )
-    ids = [entry.recording_id for entry in entries]
-    if too_long := [value for value in ids if len(value) > MAX_ID_LENGTH]:
+    if too_long := [entry.recording_id for entry in entries if len(entry.recording_id) > MAX_ID_LENGTH]:
         raise DataError(f"{where}: recording ids can have at most {MAX_ID_LENGTH} characters, found {too_long[0]!r}")
-    twice = sorted({value for value in ids if ids.count(value) > 1}) if len(set(ids)) < len(ids) else []
-    if twice:
-        files = [f"{entry.recording_id} ({entry.source})" for entry in entries if entry.recording_id in twice]
+    counts = Counter(entry.recording_id for entry in entries)
+    if len(counts) < len(entries):
+        files = sorted(f"{e.recording_id} ({e.source})" for e in entries if counts[e.recording_id] > 1)
         raise DataError(
-            f"{where}: recording ids must be unique, found twice: {', '.join(sorted(files)[:MAX_LISTED])}. For BIDS, "
-            "several spaces or descriptions of one run: set source.bids.space or source.bids.desc"
+            f"{where}: recording ids must be unique, found twice: {', '.join(files[:MAX_LISTED])}. Name the columns or "
+            "fields that tell them apart (source.columns, source.pattern)"
+        )
+
+
+def _check_splits(entries: list[SourceEntry], column: str, where: str) -> None:
+    wrong = [entry for entry in entries if entry.split not in ("", *SPLITS)]
+    if wrong:
+        listed = ", ".join(f"{entry.recording_id} ({entry.split!r})" for entry in wrong[:MAX_LISTED])
+        raise DataError(
+            f"{where}: splits.column {column!r} of {len(wrong)} recordings is none of {', '.join(SPLITS)}: {listed}"
+        )
+    if not any(entry.split for entry in entries):
+        raise DataError(
+            f"{where}: splits.column {column!r} gives no recording a split: expected a column of the table or of the "
+            f"phenotypes with {', '.join(SPLITS)}"
         )

@@ -47,6 +47,20 @@ def read_archived(out: Store, first_row: int, num_timepoints: int) -> tuple[NDAr
     return np.asarray(group["bold"][rows]), np.asarray(group["keep_mask"][rows])
 
 
+def mean_coverage(out: Store, table: pd.DataFrame) -> NDArray[np.float32]:
+    """Return the mean over recordings of each parcel's coverage: shape (P,); one block of rows in memory."""
+    import zarr
+
+    coverage = zarr.open_group(zarr_root(out), mode="r")["coverage"]
+    places = np.sort(table["archive_row"].to_numpy())
+    total = np.zeros(coverage.shape[1])
+    for start in range(0, coverage.shape[0], CHUNK_RECORDINGS):
+        block = np.asarray(coverage[start : start + CHUNK_RECORDINGS])
+        inside = places[(places >= start) & (places < start + CHUNK_RECORDINGS)] - start
+        total += block[inside].sum(axis=0, dtype=np.float64)
+    return np.asarray(total / max(len(places), 1), dtype=np.float32)
+
+
 def next_places(out: Store, held: pd.DataFrame | None) -> tuple[int, int]:
     """Return the first row of ``bold`` and of ``coverage`` where new recordings may go."""
     if held is None:

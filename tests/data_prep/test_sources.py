@@ -1,24 +1,27 @@
-"""What is found in a table or a BIDS folder, and what is refused at once."""
+"""What is found in a table, and how phenotypes and splits are joined to it."""
 
-import json
+import os
+import time
+import tracemalloc
+import uuid
 
+import fsspec
 import numpy as np
 import pandas as pd
 import pytest
 
 from brainlm.config import build
 from brainlm.errors import DataError
+from data_prep.read_table import category, read_table
 from data_prep.settings import SourceSettings
-from data_prep.sources import find_recordings
+from data_prep.source_entry import SourceEntry
+from data_prep.sources import find_recordings, inputs_hash
+from data_prep.words import denoised_by
 
 
 def table(folder, text, **settings):
     (folder / "list.tsv").write_text(text)
     return build(SourceSettings, {"kind": "table", "path": str(folder / "list.tsv"), **settings}, "test")
-
-
-def bids(root, **settings):
-    return build(SourceSettings, {"kind": "bids", "path": str(root), **settings}, "test")
 
 
 def test_table_makes_ids_from_bids_words_and_paths_from_patterns(tmp_path):
@@ -70,72 +73,6 @@ def test_two_values_of_a_phenotype_for_one_subject_are_named(tmp_path):
         find_recordings(table(tmp_path, text, columns={"session": "session"}, phenotypes=["age"]))
 
 
-def test_bids_sessions_runs_and_tasks_become_words_of_a_recording(toy, rng):
-    root = toy.folder / "bids"
-    volume = toy.paint(toy.write_series(rng, 5))
-    stem = root / "sub-01" / "ses-a" / "func" / "sub-01_ses-a_task-rest_run-2"
-    toy.write_image(root / f"{stem}_space-MNI152NLin6Asym_res-2_desc-preproc_bold.nii", volume)
-    (root / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 1.5}))
-    entry = find_recordings(bids(root)).entries[0]
-    assert entry.recording_id == "sub-01_ses-a_task-rest_run-2"
-    assert (entry.subject, entry.session, entry.task, entry.run) == ("01", "a", "rest", "2")
-    assert entry.space == "MNI152NLin6Asym"
-    assert entry.tr_s == 1.5  # inherited
-
-
-def test_nearer_sidecar_wins(toy, rng):
-    root = toy.write_bids(rng, num_subjects=1, num_timepoints=5)
-    (root / "task-rest_bold.json").write_text(json.dumps({"RepetitionTime": 1.5}))
-    assert find_recordings(bids(root)).entries[0].tr_s == 2.0
-
-
-def test_native_images_beside_normalised_ones_are_ignored_and_alone_they_are_refused(toy, rng):
-    root = toy.write_bids(rng, num_subjects=2, num_timepoints=5)
-    images = sorted(root.rglob("*.nii.gz"))
-    native = [image.with_name(image.name.replace("space-MNI152NLin6Asym", "space-T1w")) for image in images]
-    native[0].write_bytes(images[0].read_bytes())
-    images[1].rename(native[1])
-    entries = find_recordings(bids(root)).entries
-    assert [entry.refusal == "" for entry in entries] == [True, False]
-    assert "space-T1w" in entries[1].refusal
-
-
-def test_two_template_spaces_of_a_run_need_a_choice(toy, rng):
-    root = toy.write_bids(rng, num_subjects=1, num_timepoints=5)
-    image = next(root.rglob("*.nii.gz"))
-    other = image.with_name(image.name.replace("NLin6Asym", "NLin2009cAsym"))
-    other.write_bytes(image.read_bytes())
-    with pytest.raises(DataError, match=r"source\.bids\.space"):
-        find_recordings(bids(root))
-    entries = find_recordings(bids(root, bids={"space": ["MNI152NLin2009cAsym"]})).entries
-    assert [entry.space for entry in entries] == ["MNI152NLin2009cAsym"]
-
-
-def test_tasks_can_be_chosen(toy, rng):
-    root = toy.write_bids(rng, num_subjects=2, num_timepoints=5)
-    with pytest.raises(DataError, match="no recordings"):
-        find_recordings(bids(root, bids={"task": ["nback"]}))
-
-
-def test_folder_above_derivatives_is_told_where_to_look(toy, rng):
-    root = toy.write_bids(rng, num_subjects=1, num_timepoints=5)
-    above = toy.folder / "study"
-    (above / "derivatives").mkdir(parents=True)
-    root.rename(above / "derivatives" / "fmriprep")
-    with pytest.raises(DataError, match=r"set source\.path to .*derivatives/fmriprep"):
-        find_recordings(bids(above))
-
-
-@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"'])
-def test_sidecar_without_a_number_refuses_its_recording_alone(toy, rng, value):
-    root = toy.write_bids(rng, num_subjects=2)
-    sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
-    sidecar.write_text(f'{{"RepetitionTime": {value}}}')
-    entries = find_recordings(bids(root)).entries
-    assert "RepetitionTime: expected a number, found" in entries[0].refusal
-    assert entries[1].refusal == ""
-
-
 def test_one_person_has_one_name_with_and_without_the_prefix(tmp_path):
     settings = table(
         tmp_path,
@@ -154,3 +91,189 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path):
     (tmp_path / "list.tsv").write_bytes(b"\xef\xbb\xbf" + text.encode())
     source = find_recordings(settings)
     assert [(entry.subject, entry.source) for entry in source.entries] == [("0050272", "x.npy"), ("0050273", "y.npy")]
+
+
+def test_tables_and_files_may_lie_on_object_storage(tmp_path):
+    root = f"memory://{uuid.uuid4().hex}/study"
+    text = "participant_id\tfile\tconfounds\nb\tts/b.npy\tts/b.tsv\na\tts/a.npy\tn/a\nc\tts/c.npy\tts/c.tsv\n"
+    for name, content in (("list.tsv", text), ("ts/a.npy", "1"), ("ts/b.npy", "12"), ("ts/b.tsv", "123")):
+        with fsspec.open(f"{root}/{name}", "w") as file:
+            file.write(content)
+    (tmp_path / "list.tsv").write_text(text)
+    columns = {"confounds": "confounds"}
+    remote = {"kind": "table", "path": f"{root}/list.tsv", "columns": columns}
+    local = {"kind": "table", "path": str(tmp_path / "list.tsv"), "root": root, "columns": columns}
+    for tree in (remote, local):
+        entries = find_recordings(build(SourceSettings, tree, "test")).entries
+        assert [entry.file for entry in entries] == [f"{root}/ts/{name}.npy" for name in "abc"]
+        assert [entry.source for entry in entries] == ["ts/a.npy", "ts/b.npy", "ts/c.npy"]
+        assert [entry.file_stamp.partition(":")[0] for entry in entries] == ["1", "2", ""]
+        assert [entry.confounds_stamp.partition(":")[0] for entry in entries] == ["", "3", ""]
+        assert entries[0].confounds == ""
+
+
+def test_files_may_be_named_by_whole_paths_and_urls(tmp_path):
+    text = f"participant_id\tfile\na\t{tmp_path}/far/a.npy\nb\ts3://bucket/far/b.npy\n"
+    settings = table(tmp_path, text.replace("s3://bucket", "memory://bucket"), root=str(tmp_path / "root"))
+    entries = find_recordings(settings).entries
+    assert [entry.file for entry in entries] == [f"{tmp_path}/far/a.npy", "memory://bucket/far/b.npy"]
+    assert [entry.source for entry in entries] == ["far/a.npy", "far/b.npy"]
+
+
+def test_what_has_denoised_a_recording_is_told_by_column_name_or_setting(tmp_path):
+    settings = table(
+        tmp_path,
+        "participant_id\tfile\thow\na\tx.nii\tFIX\nb\ty_desc-smoothAROMAnonaggr_bold.nii\tn/a\nc\tz.nii\tNA\n",
+        columns={"denoised": "how"},
+        denoised="by hand",
+    )
+    assert [entry.denoised for entry in find_recordings(settings).entries] == ["FIX", "ICA-AROMA", "by hand"]
+
+
+def test_splits_are_given_by_a_column_and_wrong_ones_are_named(tmp_path):
+    text = "participant_id\tfile\tfold\na\tx.npy\ttrain\nb\ty.npy\ttest\nc\tz.npy\tn/a\n"
+    source = find_recordings(table(tmp_path, text), "fold")
+    assert [entry.split for entry in source.entries] == ["train", "test", ""]
+    with pytest.raises(DataError, match=r"'fold' of 1 recordings is none of train, val, test: sub-b \('Test'\)"):
+        find_recordings(table(tmp_path, text.replace("test", "Test")), "fold")
+    with pytest.raises(DataError, match="no column 'fold2'"):
+        find_recordings(table(tmp_path, text), "fold2")
+
+
+def test_phenotypes_of_another_table_join_by_subject(tmp_path):
+    people = tmp_path / "people.csv"
+    people.write_text("participant_id,age,site,family,fold\nsub-a,30,S1,F1,train\nb,NA,NA,NA,test\nz,9,S1,F1,val\n")
+    text = "participant_id\tfile\nsub-b\ty.npy\na\tx.npy\n"
+    settings = table(tmp_path, text, participants=str(people), phenotypes=["age"])
+    source = find_recordings(settings, "fold")
+    assert [(e.subject, e.site, e.family, e.split) for e in source.entries] == [
+        ("a", "S1", "F1", "train"),
+        ("b", "", "", "test"),  # two people without a known family must not become one family
+    ]
+    np.testing.assert_array_equal(source.subjects["age"], [30, np.nan])
+    people.write_text("participant_id,age\na,30\n")
+    with pytest.raises(DataError, match="does not list 1 of 2 subjects that have recordings: b"):
+        find_recordings(settings)
+    people.write_text("participant_id,age\na,30\nb,1\nsub-a,31\n")
+    with pytest.raises(DataError, match="subject a: age is 30 and 31"):
+        find_recordings(settings)
+    people.write_text("participant_id,age\na,30\nb,1\na,30\n")
+    assert find_recordings(settings).subjects["age"].tolist() == [30, 1]
+    people.write_text("participant_id,age\na,30\n,3\n")
+    with pytest.raises(DataError, match="1 rows have no participant_id"):
+        find_recordings(settings)
+
+
+def test_missing_and_given_value_of_one_subject_are_two_values(tmp_path):
+    text = "participant_id\tses\tfile\tage\na\t1\tx.npy\t30\na\t2\ty.npy\tn/a\n"
+    with pytest.raises(DataError, match=r"subject a: age is 30\.0 and missing"):
+        find_recordings(table(tmp_path, text, columns={"session": "ses"}, phenotypes=["age"]))
+
+
+@pytest.mark.parametrize("kind", ["tsv", "csv", "parquet"])
+def test_missing_values_stay_missing_and_names_stay_names(tmp_path, kind):
+    frame = pd.DataFrame(
+        {
+            "name": ["NA", "nan", "None", "null", "007"],
+            "age": [1.5, None, 3, None, 5],
+            "sex": ["M", None, "F", "", "NA"],
+        }
+    )
+    path = tmp_path / f"t.{kind}"
+    if kind == "parquet":
+        frame.to_parquet(path)
+    else:
+        frame.to_csv(path, index=False, sep="," if kind == "csv" else "\t", na_rep="n/a")
+    table_read = read_table(path, ["name"])
+    assert table_read["name"].tolist() == ["NA", "nan", "None", "null", "007"]
+    np.testing.assert_array_equal(table_read["age"], [1.5, np.nan, 3, np.nan, 5])
+    assert [category(value) for value in table_read["sex"]] == ["M", "", "F", "", ""]
+    assert read_table(path, ["name"], ["age", "absent"]).columns.tolist() == ["age"]
+
+
+def test_numbers_keep_every_digit(tmp_path, rng):
+    values = rng.normal(size=500) * 10.0 ** rng.integers(-30, 30, size=500)
+    (tmp_path / "t.csv").write_text("x\n" + "\n".join(map(repr, values.tolist())) + "\n")
+    np.testing.assert_array_equal(read_table(tmp_path / "t.csv", [])["x"], values)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a\tb\ta\n1\t2\t3\n", "several columns are called 'a'"),
+        ("a\tb\n1\t2\t3\n", "line 2 has 3 cells, the header 2"),
+        ("a\tb\n1\t2\n1\t2\t3\n", "line 3 has 3 cells, the header 2"),
+        ("", "the table is empty"),
+    ],
+)
+def test_tables_whose_cells_would_shift_are_refused(tmp_path, text, message):
+    (tmp_path / "t.tsv").write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_table(tmp_path / "t.tsv", [])
+
+
+def test_hash_of_inputs_knows_values_and_sizes_but_not_places_and_times(tmp_path):
+    def found(folder, age="30", size=4):
+        folder.mkdir(exist_ok=True)
+        (folder / "x.npy").write_bytes(b"1" * size)
+        source = find_recordings(table(folder, f"participant_id\tfile\tage\na\tx.npy\t{age}\n", phenotypes=["age"]))
+        return inputs_hash(source.entries, source.subjects)
+
+    before = found(tmp_path / "one")
+    assert found(tmp_path / "two") == before
+    os.utime(tmp_path / "one" / "x.npy", (1, 1))
+    assert found(tmp_path / "one") == before
+    assert found(tmp_path / "one", age="31") != before
+    assert found(tmp_path / "one", size=5) != before
+    assert found(tmp_path / "one", age="n/a") != found(tmp_path / "one", age="0")
+
+
+def entries_of(count):
+    return [
+        SourceEntry(
+            recording_id=f"sub-{n:06d}", subject=f"{n:06d}", file=f"/d/{n}.npy", source=f"{n}.npy", file_stamp="4:5"
+        )
+        for n in range(count)
+    ]
+
+
+def test_hash_of_inputs_needs_no_memory_that_grows(monkeypatch):
+    monkeypatch.setattr("data_prep.sources.ROWS_AT_ONCE", 500)
+    peaks = []
+    for count in (1_000, 8_000):
+        entries = entries_of(count)
+        subjects = pd.DataFrame({"subject": [entry.subject for entry in entries], "age": 1.0})
+        tracemalloc.start()
+        inputs_hash(entries, subjects)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < 4 * peaks[0]
+
+
+@pytest.mark.slow
+def test_a_hundred_thousand_rows_take_seconds(tmp_path):
+    rows = "\n".join(f"{n:06d}\t{n:06d}.npy\t{20 + n % 60}" for n in range(100_000))
+    settings = table(tmp_path, f"participant_id\tfile\tage\n{rows}\n", phenotypes=["age"])
+    start = time.perf_counter()
+    source = find_recordings(settings)
+    inputs_hash(source.entries, source.subjects)
+    assert len(source.entries) == 100_000
+    assert time.perf_counter() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [
+        ("sub-1_task-rest_space-MNI152NLin6Asym_desc-smoothAROMAnonaggr_bold.nii.gz", "ICA-AROMA"),
+        ("sub-1_task-rest_space-MNI152NLin6Asym_desc-denoisedSmoothed_bold.nii.gz", "denoised"),
+        ("rfMRI_REST1_LR_hp2000_clean.nii.gz", "FIX"),
+        ("rfMRI_REST1_LR_Atlas_MSMAll_hp0_clean_rclean_tclean.dtseries.nii", "FIX"),
+        ("rfMRI.ica/filtered_func_data_clean.nii.gz", "FIX"),
+        ("denoised_func_data_nonaggr.nii.gz", "ICA-AROMA"),
+        ("sub-1_task-rest_space-MNI152NLin6Asym_desc-preproc_bold.nii.gz", ""),
+        ("hp2000_clean/rfMRI_REST1_LR_hp2000.nii.gz", ""),
+        ("filtered_func_data.nii.gz", ""),
+    ],
+)
+def test_names_tell_what_was_denoised(name, meaning):
+    assert denoised_by(name) == meaning
