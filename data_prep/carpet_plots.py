@@ -110,7 +110,8 @@ def carpet_png(
     names = [name for name, here in zip(names, present[order]) if here]
     shown = z_scored(bold[:, order[present[order]]], keep_mask).clip(-LIMIT, LIMIT)
     duration_s = len(bold) * tr_s
-    figure = Figure(figsize=(8.6, 2.9), layout="constrained")
+    figure = Figure(figsize=(8.6, 2.9))
+    figure.subplots_adjust(left=0.15, right=0.98, top=0.97, bottom=0.17)  # a layout engine takes longer than the rest
     if keep_mask.all():
         carpet = figure.add_subplot()
     else:

@@ -69,7 +69,7 @@ def gather(
         name=settings.name if held is None else held.manifest["name"],
         recordings=recordings,
         rejected=rejected[list(REJECTED_COLUMNS)],
-        subjects=subjects,
+        subjects=subjects[subjects["subject"].isin(set(recordings["subject"]))].reset_index(drop=True),
         folds=folds_table(folds),
         contract=contract,
         shards=shards,

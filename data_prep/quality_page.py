@@ -201,7 +201,9 @@ def _distributions(table: pd.DataFrame) -> str:
     if not shown:
         return _list(told)
     num_rows = -(-len(shown) // 3)
-    figure = Figure(figsize=(9, 2.2 * num_rows), layout="constrained")
+    figure = Figure(figsize=(9, 2.2 * num_rows))
+    space = 0.45 / (2.2 * num_rows)  # inches below and above
+    figure.subplots_adjust(left=0.07, right=0.99, bottom=space, top=1 - space / 4, hspace=0.4, wspace=0.25)
     for number, (name, values) in enumerate(shown.items()):
         axes = figure.add_subplot(num_rows, 3, number + 1)
         axes.hist(values, bins=30, color=LINE)

@@ -274,9 +274,8 @@ def test_cleaning_twice_is_refused_by_name(tmp_path, rng):
     for denoised in ("", "FIX"):
         with pytest.raises(DataError, match="second step on images that ICA-AROMA has denoised"):
             read_confounds(path, CleanSettings(strategy="ICA-AROMA"), NUM_TIMEPOINTS, denoised=denoised)
-    twice = CleanSettings(strategy="ICA-AROMA", confounds=("rot_x",))
-    with pytest.raises(DataError, match="would clean them twice"):
-        read_confounds(path, twice, NUM_TIMEPOINTS, denoised="ICA-AROMA")
+    with pytest.raises(ValueError, match="takes no further confounds"):
+        CleanSettings(strategy="ICA-AROMA", confounds=("rot_x",))
     harmless = CleanSettings(detrend=True, high_pass_hz=0.01, scrub=ScrubSettings(), dummy_scans=2)
     assert read_confounds(path, harmless, NUM_TIMEPOINTS, denoised="FIX").regressors is None
     assert [is_aroma(name) for name in ("ICA-AROMA", "smoothAROMAnonaggr", "ica_aroma", "FIX", "")] == [True] * 3 + [
