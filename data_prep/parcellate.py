@@ -108,12 +108,14 @@ class _Means:
     """
 
     def __init__(self, header: NiftiHeader, grid: Grid) -> None:
-        from scipy.sparse import csr_array
-
         num_voxels, num_parcels = len(grid.voxels), len(grid.num_voxels)
         self._header, self._grid = header, grid
-        where = (grid.columns, np.arange(num_voxels))
-        self._sum = csr_array((np.ones(num_voxels), where), shape=(num_parcels, num_voxels))
+        # Voxels parcel by parcel: the sum of each is one run, half the time of a sparse product.
+        order = np.argsort(grid.columns, kind="stable")
+        self._voxels, self._columns = grid.voxels[order], grid.columns[order]
+        self._sampled = np.argsort(order)[grid.sampled]
+        self._filled = np.flatnonzero(grid.num_voxels)
+        self._starts = np.searchsorted(self._columns, self._filled)
         self._bold = np.full((header.num_volumes, num_parcels), np.nan, dtype=np.float32)
         self._num_added = 0
         self._stored = np.empty(num_voxels, dtype=header.dtype)
@@ -126,7 +128,7 @@ class _Means:
 
     def add(self, volume: NDArray[Any]) -> None:
         """Take the next volume, as stored, flat."""
-        np.take(volume, self._grid.voxels, out=self._stored, mode="clip")  # all are in range; "raise" would copy
+        np.take(volume, self._voxels, out=self._stored, mode="clip")  # all are in range; "raise" would copy
         with np.errstate(all="ignore"):  # what is not finite in the end is dealt with there
             np.copyto(self._values, self._stored)
             self._bold[self._num_added] = self._parcel_sums() / self._grid.num_voxels
@@ -137,18 +139,23 @@ class _Means:
     def _parcel_sums(self) -> NDArray[np.float64]:
         """Return the sum of the scaled voxels of each parcel; voxels that are not finite become 0, and are counted."""
         header, grid, values = self._header, self._grid, self._values
-        sums = self._sum @ values
+        sums = self._sums_of(values)
         num_good = grid.num_voxels
         # One voxel that is not finite makes its parcel's sum so; integers always are.
         if header.dtype.kind == "f" and not np.isfinite(sums).all():
             bad = ~np.isfinite(values)
             values[bad] = 0.0
-            sums = self._sum @ values
-            num_good = num_good - np.bincount(grid.columns, weights=bad, minlength=len(num_good))
+            sums = self._sums_of(values)
+            num_good = num_good - np.bincount(self._columns, weights=bad, minlength=len(num_good))
             if self._num_bad is None:
                 self._num_bad = np.zeros(len(values), dtype=np.int32)
             self._num_bad += bad
         return np.asarray(header.slope * sums + header.inter * num_good if header.is_scaled else sums)
+
+    def _sums_of(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
+        sums = np.zeros(len(self._grid.num_voxels))
+        sums[self._filled] = np.add.reduceat(values, self._starts) if len(self._starts) else 0.0
+        return sums
 
     def _update_signal(self) -> None:
         if len(self._never_signal):
@@ -156,7 +163,7 @@ class _Means:
             self._never_signal = self._never_signal[silent]
 
     def _update_variance(self) -> None:
-        sample = self._values[self._grid.sampled]
+        sample = self._values[self._sampled]
         if self._num_added == 0:
             self._first = sample
             return
@@ -178,10 +185,10 @@ class _Means:
         if self._num_bad is not None:
             good &= self._num_bad == 0
             broken = (self._num_bad > 0) & (self._num_bad < num_volumes)
-        num_good = np.bincount(grid.columns, weights=good, minlength=len(on_grid))
+        num_good = np.bincount(self._columns, weights=good, minlength=len(on_grid))
         coverage = num_good / np.maximum(grid.num_voxels, 1) * grid.in_view
         missing = (coverage == 0.0) | (coverage < checks.min_parcel_coverage)
-        missing |= np.bincount(grid.columns, weights=broken, minlength=len(on_grid)) > 0
+        missing |= np.bincount(self._columns, weights=broken, minlength=len(on_grid)) > 0
         self._bold[:, missing] = np.nan
         return Parcellated(bold=self._bold, coverage=coverage.astype(np.float32), tr_s=tr_s, tsnr=self._tsnr())
 
@@ -192,7 +199,7 @@ class _Means:
             mean = self._header.slope * (self._first + self._shifted / num) + self._header.inter
         usable = (variance > 0) & np.isfinite(variance) & np.isfinite(mean)
         if self._num_bad is not None:
-            usable &= self._num_bad[self._grid.sampled] == 0
+            usable &= self._num_bad[self._sampled] == 0
         if not usable.any():
             return None
         return float(np.median(mean[usable] / (abs(self._header.slope) * np.sqrt(variance[usable]))))
