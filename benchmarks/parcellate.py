@@ -7,7 +7,7 @@ Methods: `ours`; `ours, cleaned` (the same, and 24 confounds and all but 0.01 to
 `floor` (decompression alone, isal in pieces of a volume, the fastest of isal, zlib-ng and zlib here). A method is a
 function of the image's path and the atlas; it returns the means, which are compared with ours, or nothing.
 
-Each run is a fresh process, the methods taking turns. Timed is the function alone, without imports, reading of the atlas
+Each run is a fresh process, the methods taking turns. Timed is the function alone, without imports, reading of an atlas
 and putting its labels on the image's grid (0.1 s), which a worker does once for a cohort; nilearn's `fit` is left out
 likewise. `peak_mb` is the largest resident memory of that process (VmHWM), interpreter and imported libraries included.
 Reported are medians over the repeats, of memory the largest.

@@ -154,7 +154,9 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
         from data_prep.finish import write_dataset
 
         refused = table_of([], REJECTED_COLUMNS)
-        contents = gather(settings, source, atlas, held, table, refused, source.subjects, contract, shards, items, [])
+        contents = gather(
+            settings, settings, source, atlas, held, table, refused, source.subjects, contract, shards, items, []
+        )
         write_dataset(out, contents)
     return records
 
@@ -182,7 +184,7 @@ def simulate(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> 
             "mean_fd_mm": float(rng.gamma(2.0, 0.1)), "dvars_z": 1.4,
             "lag1_autocorrelation": 0.0, "tsnr": None, "mean_coverage": 1.0, "num_missing_parcels": 0,
             "num_constant_parcels": 0, "space": "", "source": f"series/{recording_id}.npy", "source_bytes": 1,
-            "source_sha256": "0" * 64, "confounds_sha256": "", "series_sha256": series_sha256(bold),
+            "source_etag": "", "source_sha256": "0" * 64, "confounds_sha256": "", "series_sha256": series_sha256(bold),
             "sha256": series_sha256(bold), "status": "prepared",
         }  # fmt: skip
         (folder / "staging" / f"{recording_id}.json").write_text(json.dumps({"row": row}))

@@ -21,6 +21,7 @@ from data_prep.splits import SplitItem, find_duplicates, leave_one_out_folds, no
 
 def gather(
     settings: PrepareSettings,
+    resolved: PrepareSettings,
     source: Source,
     atlas: AtlasImage,
     held: HeldDataset | None,
@@ -33,6 +34,7 @@ def gather(
     notes: list[str],
 ) -> Contents:
     """Return the contents of the data set: `table` and `refused` are new, `held` is what it had before.
+    `resolved` are the settings with what a contract puts into them.
 
     `items` are all recordings, old and new; `subjects` too; `shards` the new ones; `notes` go into the warnings.
     """
@@ -44,6 +46,7 @@ def gather(
         "num_recordings": len(table) + len(refused),
         "num_refused": len(refused),
         "config": settings.data_tree(),
+        "processing": resolved.processing_tree(),
     }
     duplicates = find_duplicates(items)
     folds, fold_notes = leave_one_out_folds(items, [item.site for item in items])

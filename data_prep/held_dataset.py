@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,12 @@ def read_held(out: Store, *, unfinished: bool = False) -> HeldDataset | None:
     )
 
 
-def is_finished(held: HeldDataset, settings: PrepareSettings, source: Source, atlas: AtlasImage) -> bool:
+def is_finished(
+    held: HeldDataset, settings: PrepareSettings, resolved: PrepareSettings, source: Source, atlas: AtlasImage
+) -> bool:
     """Return whether the data set holds what the settings ask for; False means that `add` has something to add.
+
+    `resolved` are the settings with what a contract puts into them.
 
     Raises
     ------
@@ -85,7 +89,7 @@ def is_finished(held: HeldDataset, settings: PrepareSettings, source: Source, at
         _check_unchanged(held, source.entries)
         return True
     if settings.add:
-        _check_processing(held, settings)
+        _check_processing(held, resolved)
         _check_unchanged(held, source.entries)
         return False
     if not cohorts:
@@ -114,14 +118,39 @@ def merged_subjects(held: HeldDataset, added: pd.DataFrame) -> pd.DataFrame:
     Raises
     ------
     DataError
-        If a subject has another value of a phenotype now, naming subject and column.
+        If a subject has another value of a phenotype now, naming subject and column; if a phenotype is text in one
+        and numbers in the other, naming column and kinds. Whole and other numbers are one kind.
     """
+
+    def kind_of(column: pd.Series) -> str:
+        found = pd.api.types.infer_dtype(column.astype(object), skipna=True)
+        numbers = ("integer", "floating", "mixed-integer-float", "decimal")
+        return "numbers" if found in numbers else {"string": "text", "boolean": "true or false"}.get(found, found)
+
     both = held.subjects.merge(added, on="subject", how="outer", suffixes=("", " (added)"), sort=True)
     twice = [name for name in held.subjects.columns if f"{name} (added)" in both.columns]
+    kinds = {name: (kind_of(held.subjects[name]), kind_of(added[name])) for name in twice}
+    mixed = [
+        f"{name}: {old} in the data set, {new} now"
+        for name, (old, new) in kinds.items()
+        if old != new and "empty" not in (old, new)
+    ]
+    if mixed:
+        raise DataError(
+            f"phenotypes are of another kind than the data set's:\n{_listed(mixed)}\nWrite them as the data set has "
+            "them in the table that is added (a missing value is n/a, no other word), or give them other names"
+        )
     wrong = []
     for name in twice:
         old, new = both[name], both.pop(f"{name} (added)")
-        other = old.notna() & new.notna() & (old.astype("string") != new.astype("string"))
+        if "empty" in kinds[name]:  # its type says nothing
+            both[name] = new if kinds[name][0] == "empty" else old
+            continue
+        if old.dtype != new.dtype:  # int64 and float64, or two sets of categories
+            as_type: Any = {"numbers": "float64", "text": "string"}.get(kinds[name][0], "object")
+            old, new = old.astype(as_type), new.astype(as_type)
+        compared = (old, new) if kinds[name][0] == "numbers" else (old.astype("string"), new.astype("string"))
+        other = old.notna() & new.notna() & (compared[0] != compared[1])
         wrong += [
             f"subject {subject}: {name} is {a} in the data set, {b} now"
             for subject, a, b in zip(both.loc[other, "subject"], old[other], new[other])
@@ -152,9 +181,7 @@ def _check_atlas(held: HeldDataset, settings: PrepareSettings, atlas: AtlasImage
 
 
 def _check_processing(held: HeldDataset, settings: PrepareSettings) -> None:
-    first: Mapping[str, Any] = held.cohorts[0]["config"]
-    ours = settings.processing_tree()
-    found = differences(ours, {name: first[name] for name in ours})
+    found = differences(settings.processing_tree(), held.cohorts[0]["processing"])
     if settings.target_tr_s is not None and abs(settings.target_tr_s - held.contract.tr_s) > 1e-9:
         found.append(f"target_tr_s: {settings.target_tr_s:g} here, {held.contract.tr_s:g} there")
     if found:
@@ -170,7 +197,7 @@ def _check_unchanged(held: HeldDataset, entries: Iterable[SourceEntry]) -> None:
     table = held.recordings.set_index("recording_id")
     known = {
         column: dict(zip(table.index, table[column]))
-        for column in ("source_bytes", "source_sha256", "confounds_sha256")
+        for column in ("source_bytes", "source_etag", "source_sha256", "confounds_sha256")
     }
     changed = []
     for entry in entries:
@@ -178,6 +205,9 @@ def _check_unchanged(held: HeldDataset, entries: Iterable[SourceEntry]) -> None:
             continue
         size = int(entry.file_stamp.partition(":")[0] or 0)
         if size != known["source_bytes"][entry.recording_id]:
+            changed.append(entry.source)
+            continue
+        if "://" in entry.file and entry.file_stamp.partition(":")[2] != known["source_etag"][entry.recording_id]:
             changed.append(entry.source)
             continue
         for column, file in (("source_sha256", entry.file), ("confounds_sha256", entry.confounds)):

@@ -16,6 +16,7 @@ from brainlm.store import Store
 from data_prep.atlas_image import AtlasImage, load_atlas, series_atlas
 from data_prep.clean import leak_flags
 from data_prep.contract_statistics import compute_statistics
+from data_prep.held_dataset import HeldDataset
 from data_prep.resample import SAME_TR, future_s
 from data_prep.settings import PrepareSettings, WindowSettings
 from data_prep.work import Workers
@@ -24,6 +25,9 @@ ORDER = (
     "parcel means; dummy scans dropped; confounds, trend and frequencies outside of the pass band removed in one "
     "projection fitted on kept timepoints; censored timepoints interpolated; resampled"
 )
+
+
+WITHDRAWN = "were withdrawn since median and IQR were computed; they are among them, and nowhere else"
 
 
 def read_contract(url: str) -> InputContract:
@@ -68,6 +72,12 @@ def with_contract(settings: PrepareSettings, given: InputContract | None) -> Pre
         detrend=settings.clean.detrend or bool(given.cleaning.get("detrend")),
     )
     windows = WindowSettings(window_len=given.window_len, patch_len=given.patch_len)
+    if settings.windows not in (windows, WindowSettings()):
+        raise ConfigError(
+            f"settings contradict the contract {settings.contract}: windows of {settings.windows.window_len} in "
+            f"patches of {settings.windows.patch_len} here, {given.window_len} in {given.patch_len} there. Leave "
+            "them out"
+        )
     return replace(settings, clean=clean, target_tr_s=given.tr_s, windows=windows)
 
 
@@ -184,7 +194,13 @@ def contract_flags(settings: PrepareSettings, table: pd.DataFrame, tr_s: float) 
     return tuple(flags)
 
 
-def frozen_contract(held: InputContract, settings: PrepareSettings, table: pd.DataFrame) -> InputContract:
-    """Return a data set's contract after recordings were added: same statistics, flags of old and new."""
-    flags = [*held.flags, *contract_flags(settings, table, held.tr_s)]
-    return replace(held, flags=tuple(dict.fromkeys(flags)))
+def frozen_contract(held: HeldDataset, settings: PrepareSettings, table: pd.DataFrame) -> InputContract:
+    """Return a data set's contract after recordings were added: same statistics, facts of old and new recordings."""
+    both = pd.concat([held.recordings, table], ignore_index=True)
+    kept = tuple(flag for flag in held.contract.flags if flag.endswith(WITHDRAWN))
+    facts = cleaning_tree(settings, both)
+    return replace(
+        held.contract,
+        flags=(*contract_flags(settings, both, held.contract.tr_s), *kept),
+        cleaning=held.contract.cleaning | {name: facts[name] for name in ("resampled_from_tr_s", "denoised_before")},
+    )

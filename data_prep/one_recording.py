@@ -28,6 +28,7 @@ from brainlm.store import Store, sha256_of_file
 from data_prep.atlas_image import AtlasImage
 from data_prep.clean import clean, degrees_of_freedom
 from data_prep.confounds import read_confounds
+from data_prep.input_files import file_stamp
 from data_prep.local_input import local_input
 from data_prep.quality import quality_row, refusal
 from data_prep.read_recording import read_recording
@@ -38,6 +39,9 @@ from data_prep.source_entry import SourceEntry
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
+
+# What only the recording's own bytes decide; other refusals may go when a sidecar or a program is put in place.
+LASTING_REFUSALS = ("coverage", "censoring", "length", "quality")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +102,8 @@ def prepare_recording(recipe: Recipe, entry: SourceEntry) -> Row:
             staged, row = _prepare(recipe, entry)
     except _Refused as refused:
         row = refused_row(entry, refused.stage, str(refused))
-        _write_row(recipe, stamp, row)
+        if refused.stage in LASTING_REFUSALS:
+            _write_row(recipe, stamp, row)
         return row | {"reused": False}
     except (StoreError, MemoryError):
         raise
@@ -177,6 +182,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
         **quality_row(staged.bold, coverage, keep_mask, float(target_tr_s)),
         "source": entry.source,
         "source_bytes": int(entry.file_stamp.partition(":")[0] or 0),
+        "source_etag": entry.file_stamp.partition(":")[2] if "://" in entry.file else "",
         "source_sha256": source_sha256,
         "confounds_sha256": confounds_sha256,
         "series_sha256": as_read,
@@ -217,7 +223,9 @@ def _check_kept(keep_mask: NDArray[np.bool_], checks: CheckSettings) -> None:
 
 def series_sha256(bold: NDArray[np.float32]) -> str:
     """Return the hash of shape and values; NaN must be the one that numpy writes."""
-    return hashlib.sha256(repr(bold.shape).encode() + np.ascontiguousarray(bold, dtype="<f4").tobytes()).hexdigest()
+    digest = hashlib.sha256(repr(bold.shape).encode())
+    digest.update(np.ascontiguousarray(bold, dtype="<f4").reshape(-1).data)  # hashlib takes one dimension, uncopied
+    return digest.hexdigest()
 
 
 def refused_row(entry: SourceEntry, stage: str, reason: str) -> Row:
@@ -234,7 +242,8 @@ def refused_row(entry: SourceEntry, stage: str, reason: str) -> Row:
 
 def _stamp(entry: SourceEntry) -> str:
     """Identify the input of one recording: staged work is used again only for the same entry and unchanged files."""
-    return hashlib.sha256(json.dumps(asdict(entry), sort_keys=True).encode()).hexdigest()
+    sidecar = file_stamp(f"{entry.confounds.removesuffix('.tsv')}.json") if entry.confounds.endswith(".tsv") else ""
+    return hashlib.sha256(json.dumps([asdict(entry), sidecar], sort_keys=True).encode()).hexdigest()
 
 
 def _write_row(recipe: Recipe, stamp: str, row: Row) -> None:
@@ -244,7 +253,10 @@ def _write_row(recipe: Recipe, stamp: str, row: Row) -> None:
 
 
 def _staged_row(recipe: Recipe, recording_id: str, stamp: str) -> Row | None:
-    """Return the row of finished work that serves this recipe: same input, same outcome of the resampling."""
+    """Return the row of finished work that serves this recipe: same input, same outcome of the resampling.
+
+    While no TR is asked for, any outcome serves: the recording's own TR is what counts (`prepare` asks again).
+    """
     name = f"{recording_id}.json"
     if not recipe.staging.exists(name):
         return None
@@ -256,5 +268,9 @@ def _staged_row(recipe: Recipe, recording_id: str, stamp: str) -> Row | None:
         return row
     if row["status"] == "refused":
         return None
+    if recipe.target_tr_s is None and row["resampled"]:
+        return row
     wanted = recipe.target_tr_s or row["source_tr_s"]
-    return row if not row["resampled"] and is_same_tr(row["source_tr_s"], wanted) else None
+    if row["resampled"] or not is_same_tr(row["source_tr_s"], wanted):
+        return None
+    return row | {"tr_s": float(wanted), "duration_s": row["num_kept"] * float(wanted)}

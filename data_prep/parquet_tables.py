@@ -34,6 +34,7 @@ MEASURED_COLUMNS = {
     "space": "string",
     "source": "string",
     "source_bytes": "int64",
+    "source_etag": "string",
     "source_sha256": "string",
     "confounds_sha256": "string",
     "series_sha256": "string",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -72,7 +74,7 @@ def _groups(settings: PrepareSettings, table: pd.DataFrame, subjects: pd.DataFra
         groups = [text(value) for value in table[group_by]]
     elif group_by in subjects.columns:
         of_subject = dict(zip(subjects["subject"], subjects[group_by]))
-        groups = [text(of_subject.get(subject)) for subject in table["subject"]]
+        groups = [_group_name(of_subject.get(subject)) for subject in table["subject"]]
     else:
         raise ConfigError(
             f"splits.group_by: expected subject, family, site or a phenotype column "
@@ -81,3 +83,9 @@ def _groups(settings: PrepareSettings, table: pd.DataFrame, subjects: pd.DataFra
     if not any(groups):
         raise ConfigError(f"splits.group_by: no recording has a {group_by}; set source.columns.{group_by}")
     return groups
+
+
+def _group_name(value: Any) -> str:
+    """Return a phenotype as text: 100.0 is ``100``, as one missing value makes a column of whole numbers float."""
+    is_whole = isinstance(value, float | np.floating) and float(value).is_integer()
+    return str(int(value)) if is_whole else text(value)

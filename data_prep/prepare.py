@@ -16,7 +16,6 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections import Counter
 from typing import Any
 
 import pandas as pd
@@ -35,6 +34,7 @@ from data_prep.held_dataset import (
     new_entries,
     read_held,
 )
+from data_prep.lock_dataset import check_unchanged_since, locked
 from data_prep.make_contract import (
     choose_atlas,
     common_tr_s,
@@ -53,6 +53,7 @@ from data_prep.parquet_tables import (
     write_parquet,
 )
 from data_prep.place import place_in_archive, place_in_splits
+from data_prep.resample import SAME_TR
 from data_prep.run_log import FOLDER as LOG_FOLDER
 from data_prep.run_log import RunLog
 from data_prep.settings import PrepareSettings
@@ -77,9 +78,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             return show_plan(settings)
         out = Store(settings.out if "://" in settings.out else os.path.abspath(settings.out))
-        if settings.withdraw is not None:
-            return withdraw_subjects(out, settings.withdraw, settings.checkpoints)
-        return prepare(settings, out)
+        with locked(out):
+            if settings.withdraw is not None:
+                return withdraw_subjects(out, settings.withdraw, settings.checkpoints)
+            return prepare(settings, out)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130
@@ -97,12 +99,14 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
     source = find_recordings(settings.source, settings.splits.column)
     atlas = choose_atlas(settings, given)
     held = read_held(out)
-    if held is not None and is_finished(held, asked_for, source, atlas):
+    if held is not None and is_finished(held, asked_for, settings, source, atlas):
         out.remove(STAGING)
         print(f"{settings.out}: this data set is complete already (same settings, same inputs); nothing to do")
         return 0
     if held is None and settings.add:
         raise ConfigError(f"add: there is no finished data set at {settings.out} to add to")
+    at_start = None if held is None else str(held.manifest["content_hash"])
+    known_refused = set() if held is None else set(held.rejected["recording_id"])
     entries, notes = source.entries, [*source.warnings, *atlas.warnings]
     if held is not None:
         settings = for_addition(held, settings)
@@ -116,7 +120,10 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
     log = RunLog(out, "prepare", asked_for)
     with workers(settings.ray, out) as run:
         listed = out.url_of(REJECTED if held is None else f"{LOG_FOLDER}/{REJECTED}")
-        table, refused, tr_s = prepare_recordings(settings, entries, atlas, staging, run, log, listed)
+        table, refused, tr_s = prepare_recordings(settings, entries, atlas, staging, run, log, listed, known_refused)
+        if table.empty:  # what was refused when the data set was made is refused still
+            print(f"{settings.out}: every other recording is in this data set already; nothing to add")
+            return 0
         subjects = source.subjects[source.subjects["subject"].isin(set(table["subject"]))]
         subjects = subjects.reset_index(drop=True) if held is None else merged_subjects(held, subjects)
         table, unplaced, items = place_in_splits(settings, table, subjects, entries, held)
@@ -125,7 +132,8 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
         for part in (table, refused):
             part["cohort"] = pd.Series(settings.name, index=part.index, dtype="string")
             part["addition"] = pd.Series(addition, index=part.index, dtype="int64")
-        check_refused(settings, len(entries), refused, listed)
+        check_refused(settings, entries, refused, listed, known_refused)
+        check_unchanged_since(out, at_start)
         place_in_archive(table, *next_places(out, None if held is None else held.recordings))
         num_parcels = atlas.atlas.num_parcels
         shards = None if held is None else held.manifest["shards"]
@@ -137,13 +145,14 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
             notes += found
             out.remove(ARCHIVE_FOLDER)  # what a stopped run left
         else:
-            contract = frozen_contract(held.contract, settings, table)
+            contract = frozen_contract(held, settings, table)
             notes += make_contract(settings, atlas, staging, table, tr_s, held.contract, run)[1]
         remove_unknown_shards(out, shards)
         write_archive(out, staging, table, num_parcels, run)
         added = write_shards(out, staging, table, num_parcels, settings.shards.dtype, run)
     copy_truth(settings, out)
-    contents = gather(asked_for, source, atlas, held, table, refused, subjects, contract, added, items, notes)
+    check_unchanged_since(out, at_start)
+    contents = gather(asked_for, settings, source, atlas, held, table, refused, subjects, contract, added, items, notes)
     manifest = write_dataset(out, contents)
     out.remove(STAGING)
     log.end(num_prepared=len(table), num_refused=len(refused), content_hash=manifest["content_hash"])
@@ -159,19 +168,23 @@ def prepare_recordings(
     run: Workers,
     log: RunLog,
     listed: str,
+    known_refused: set[str],
 ) -> tuple[pd.DataFrame, pd.DataFrame, float]:
     """Stage every recording that is not staged yet; return the prepared and the refused by id, and their TR.
 
     Where recordings have several TRs and no target is set, those of shorter TR are resampled to the longest.
     """
     table, refused = _stage_all(settings, settings.target_tr_s, entries, atlas, staging, run, log)
-    check_refused(settings, len(entries), refused, listed)
+    check_refused(settings, entries, refused, listed, known_refused)
+    if table.empty:
+        return table, refused, 0.0
     tr_s = common_tr_s(settings, table)
-    if settings.target_tr_s is None and (table["source_tr_s"] < tr_s * (1 - 1e-3)).any():
-        counts = Counter(f"{value:g} s" for value in table["source_tr_s"])
-        print(f"several repetition times ({', '.join(sorted(counts))}): resampling to the longest, {tr_s:g} s")
+    if settings.target_tr_s is None and (table["resampled"] | (table["source_tr_s"] < tr_s * (1 - SAME_TR))).any():
+        counts = sorted({f"{value:g} s" for value in table["source_tr_s"]})
+        if len(counts) > 1:
+            print(f"several repetition times ({', '.join(counts)}): resampling to the longest, {tr_s:g} s")
         table, refused = _stage_all(settings, tr_s, entries, atlas, staging, run, log)
-        check_refused(settings, len(entries), refused, listed)
+        check_refused(settings, entries, refused, listed, known_refused)
     table["tr_s"] = tr_s  # headers and sidecars differ by rounding
     return table, refused, tr_s
 
@@ -209,17 +222,20 @@ def _stage_all(
     return prepared.table(), refused.table()
 
 
-def check_refused(settings: PrepareSettings, num_recordings: int, refused: pd.DataFrame, listed: str) -> None:
+def check_refused(
+    settings: PrepareSettings, entries: list[SourceEntry], refused: pd.DataFrame, listed: str, known: set[str]
+) -> None:
     """Raise `DataError` when too many recordings were refused for the data set to be what was asked for.
 
-    Their table is then at `listed`.
+    Their table is then at `listed`. Recordings that are `known` to be refused were accepted as such before.
     """
-    fraction = len(refused) / num_recordings
-    if fraction > settings.max_refused_fraction or len(refused) == num_recordings:
+    num_entries = sum(entry.recording_id not in known for entry in entries)
+    num_refused = int((~refused["recording_id"].isin(known)).sum())
+    if num_refused and (num_refused > settings.max_refused_fraction * num_entries or num_refused == num_entries):
         folder, _, name = listed.rpartition("/")
         write_parquet(Store(folder), name, refused)
         raise DataError(
-            f"{len(refused)} of {num_recordings} recordings ({fraction:.0%}) were refused, at most "
+            f"{num_refused} of {num_entries} recordings ({num_refused / num_entries:.0%}) were refused, at most "
             f"{settings.max_refused_fraction:.0%} may be (max_refused_fraction). No data set was made.\n"
             + "\n".join(refusal_lines(refused, listed))
         )

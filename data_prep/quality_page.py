@@ -192,11 +192,13 @@ def _distributions(table: pd.DataFrame) -> str:
     for name, label in HISTOGRAMS.items():
         values = table[name].dropna().to_numpy(dtype=float)
         unknown = len(table) - len(values)
-        if len(values) and values.min() < values.max():
+        # values that differ by rounding alone leave no room for the borders of a histogram's bins
+        is_same = len(values) > 0 and np.ptp(values) <= 1e-9 * np.abs(values).max()
+        if len(values) and not is_same:
             shown[name] = values
         if unknown:
             told.append(f"{label}: unknown for {f'{unknown} of' if len(values) else 'all'} {len(table)} recordings")
-        elif len(values) and values.min() == values.max():
+        elif is_same:
             told.append(f"{label}: {values[0]:g} in every recording")
     if not shown:
         return _list(told)

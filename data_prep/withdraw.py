@@ -16,8 +16,9 @@ import csv
 import hashlib
 import io
 import json
+import re
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -30,14 +31,16 @@ from brainlm.dataset import MANIFEST
 from brainlm.errors import CheckpointError, ConfigError, DataError
 from brainlm.shards import FOLDER as SHARDS_FOLDER
 from brainlm.shards import ShardEntry, encode_shard, entry_of, write_shard
-from brainlm.store import Store
+from brainlm.store import TEMPORARY, Store
 from data_prep.finish import TRUTH, Contents, write_dataset
 from data_prep.held_dataset import HeldDataset, keyed_hash, read_held
-from data_prep.parquet_tables import FOLDS, read_parquet
+from data_prep.make_contract import WITHDRAWN
+from data_prep.parquet_tables import FOLDS, RECORDINGS, REJECTED, SUBJECTS, read_parquet, write_parquet
+from data_prep.run_log import FOLDER as LOG_FOLDER
 from data_prep.run_log import RunLog
 from data_prep.source_entry import MAX_LISTED
-from data_prep.write_shards import ShardRows
-from data_prep.zarr_store import erase_recordings
+from data_prep.write_shards import ShardRows, remove_unknown_shards
+from data_prep.zarr_store import erase_recordings, trim_archive
 
 STAGING = "staging"
 
@@ -48,28 +51,51 @@ def withdraw_subjects(out: Store, file: str, checkpoints: Sequence[str]) -> int:
     held = read_held(out, unfinished=True)
     if held is None:
         raise ConfigError(f"withdraw: there is no finished data set at {out.url}")
+    stopped = (held.manifest.get("withdrawn") or {}).get("pending", False)
     known = set(held.recordings["subject"]) | set(held.rejected["subject"])
     mine = [subject for subject in subjects if subject in known and not held.is_withdrawn(subject)]
     before = sum(held.is_withdrawn(subject) for subject in subjects)
     print(f"{file}: {len(subjects)} subjects, {len(mine)} of them in {out.url}, {before} withdrawn before")
-    out.remove(STAGING)  # what a stopped run left may hold them
-    stopped = (held.manifest.get("withdrawn") or {}).get("pending", False)
+    if not stopped:
+        _check_shards(held)
+    discard_stopped_work(held)
+    held = _announce(held, subjects, mine, pending=bool(mine or stopped))
     if mine or stopped:
         log = RunLog(out, "withdraw")
-        manifest = _remove(_announce(held, mine))
+        manifest = _remove(held)
         log.end(num_subjects=len(mine), content_hash=manifest["content_hash"])
         print(f"removed {len(mine)} subjects; content {manifest['content_hash'][:16]}")
+        if not manifest["counts"]["train"]["recordings"]:
+            print("warning: nobody is left in train")
         if out.exists(TRUTH):
             print(f"warning: {out.url_of(TRUTH)} holds the truth of a simulated cohort; nobody was removed from it")
     list_checkpoints(subjects, checkpoints)
     return 0
 
 
+def discard_stopped_work(held: HeldDataset) -> None:
+    """Remove what stopped runs left and the manifest does not know: it may hold anybody."""
+    out = held.store
+    out.remove(STAGING)
+    out.remove(f"{LOG_FOLDER}/{REJECTED}")
+    remove_unknown_shards(out, held.manifest["shards"])
+    trim_archive(out, held.recordings)
+    for name in out.find(temporary=True):
+        if name.endswith(TEMPORARY):
+            out.remove(name)
+    if len(read_parquet(out, RECORDINGS)) > len(held.recordings):
+        write_parquet(out, RECORDINGS, held.recordings)
+        write_parquet(out, REJECTED, held.rejected)
+        write_parquet(out, SUBJECTS, held.subjects)
+        folds = read_parquet(out, FOLDS)
+        write_parquet(out, FOLDS, folds[folds["recording_id"].isin(set(held.recordings["recording_id"]))])
+
+
 def read_withdrawn(file: str) -> list[str]:
     """Return the subjects in the first column of a text file, in order; ``sub-`` and lines that begin with # go."""
-    folder, _, name = file.rpartition("/")
+    folder, slash, name = file.rpartition("/")
     try:
-        text = Store(folder or ".").read_bytes(name).decode("utf-8-sig")
+        text = Store(folder or slash or ".").read_bytes(name).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"withdraw: {file} is not a text file: {error}") from error
     separator = "\t" if name.endswith(".tsv") else ","
@@ -106,24 +132,47 @@ def list_checkpoints(subjects: Sequence[str], folders: Sequence[str]) -> list[st
     return found
 
 
-def _announce(held: HeldDataset, subjects: Sequence[str]) -> HeldDataset:
-    """Say in the manifest who goes, before anything goes: from here on nobody reads the data set until it is done."""
+def _announce(held: HeldDataset, listed: Sequence[str], mine: Sequence[str], *, pending: bool) -> HeldDataset:
+    """Say in the manifest who goes, before anything goes: while it is pending nobody reads the data set.
+
+    All that are listed are remembered, also those who are not here: they might be in what is added later.
+    """
     before = held.manifest.get("withdrawn")
     if before is None:
         key = hashlib.sha256(f"withdrawn from {held.manifest['content_hash']}".encode()).hexdigest()
-        before = {"key": key, "subjects": [], "num_recordings": 0}
-    gone = held.recordings["subject"].isin(list(subjects))
+        before = {"key": key, "subjects": [], "num_subjects": 0, "num_recordings": 0}
+    gone = held.recordings["subject"].isin(list(mine))
     if gone.all():
         raise DataError(f"withdraw: nobody would be left in {held.store.url}; remove the data set instead")
     withdrawn = {
         "key": before["key"],
-        "subjects": sorted({*before["subjects"], *(keyed_hash(before["key"], subject) for subject in subjects)}),
+        "subjects": sorted({*before["subjects"], *(keyed_hash(before["key"], subject) for subject in listed)}),
+        "num_subjects": before["num_subjects"] + int(held.recordings.loc[gone, "subject"].nunique()),
         "num_recordings": before["num_recordings"] + int(gone.sum()),
-        "pending": True,
     }
-    manifest = held.manifest | {"withdrawn": withdrawn}
-    held.store.write_json(MANIFEST, manifest)
+    manifest = held.manifest | {"withdrawn": withdrawn | ({"pending": True} if pending else {})}
+    if manifest != held.manifest:
+        held.store.write_json(MANIFEST, manifest)
     return replace(held, manifest=manifest)
+
+
+def _check_shards(held: HeldDataset) -> None:
+    """Raise `DataError` if a shard is not what the manifest says: it could not be written again without loss."""
+    damaged = [
+        shard["name"] for rows in held.manifest["shards"].values() for shard in rows if not _fits(held.store, shard)
+    ]
+    if damaged:
+        raise DataError(
+            f"withdraw: shards of {held.store.url} are damaged or missing: {', '.join(damaged[:MAX_LISTED])}. Nothing "
+            "was changed; restore them, or prepare the data set again without the subjects"
+        )
+
+
+def _fits(out: Store, shard: Mapping[str, Any]) -> bool:
+    tar, index = (f"{SHARDS_FOLDER}/{shard['name']}.{ending}" for ending in ("tar", "index.json"))
+    if not (out.exists(tar) and out.exists(index)) or out.size(tar) != shard["num_bytes"]:
+        return False
+    return bool(out.read_json(index).get("sha256") == shard["sha256"])
 
 
 def _remove(held: HeldDataset) -> dict[str, Any]:
@@ -135,9 +184,8 @@ def _remove(held: HeldDataset) -> dict[str, Any]:
     ids = set(kept["recording_id"])
     folds = read_parquet(out, FOLDS)
     withdrawn = {name: value for name, value in held.manifest["withdrawn"].items() if name != "pending"}
-    note = "were withdrawn since median and IQR were computed; they are among them, and nowhere else"
-    flags = [flag for flag in held.contract.flags if not flag.endswith(note)]
-    flags.append(f"{withdrawn['num_recordings']} recordings of {len(withdrawn['subjects'])} subjects {note}")
+    flags = [flag for flag in held.contract.flags if not flag.endswith(WITHDRAWN)]
+    flags.append(f"{withdrawn['num_recordings']} recordings of {withdrawn['num_subjects']} subjects {WITHDRAWN}")
     named = {*erased["recording_id"], *erased["subject"]}
     _warn_of_copies(kept, erased)
     contents = Contents(
@@ -167,16 +215,15 @@ def _rewrite_shards(held: HeldDataset, affected: set[str]) -> ShardRows:
     for split, shards in held.manifest["shards"].items():
         rows[split] = []
         for shard in shards:
-            tar, index = (f"{SHARDS_FOLDER}/{shard['name']}.{ending}" for ending in ("tar", "index.json"))
-            is_there = out.exists(tar) and out.exists(index)
-            fits = (
-                is_there and out.size(tar) == shard["num_bytes"] and out.read_json(index)["sha256"] == shard["sha256"]
-            )
-            if fits and shard["name"] not in affected:
+            if shard["name"] not in affected and _fits(out, shard):
                 rows[split].append(shard)
                 continue
+            tar, index = (f"{SHARDS_FOLDER}/{shard['name']}.{ending}" for ending in ("tar", "index.json"))
             out.forget_cached(tar, shard["sha256"], shard["num_bytes"])
             found = [pair for pair in _read_tar(out, tar) if not held.is_withdrawn(pair[0].subject)]
+            stay = held.recordings["shard"].eq(shard["name"]) & ~held.recordings["subject"].map(held.is_withdrawn)
+            if {entry.recording_id for entry, _ in found} != set(held.recordings.loc[stay, "recording_id"]):
+                raise DataError(f"{out.url_of(tar)} does not hold the recordings that the tables say: prepare again")
             if found:
                 data, entries = encode_shard(found, found[0][0].dtype)
                 rows[split].append(write_shard(out, shard["name"], data, entries))
@@ -190,20 +237,23 @@ def _read_tar(out: Store, name: str) -> Iterator[tuple[ShardEntry, NDArray[np.fl
     """Yield entries and series of a tar, from the tar alone."""
     if not out.exists(name):
         return
-    with tarfile.open(fileobj=io.BytesIO(out.read_bytes(name)), mode="r:") as tar:
-        files = {member.name: member for member in tar if member.isfile()}
-        for array in [name for name in files if name.endswith(".npy")]:
-            tree, stored = (
-                tar.extractfile(files[member]).read()  # type: ignore[union-attr]
-                for member in (f"{array.removesuffix('.npy')}.json", array)
-            )
-            entry = entry_of(json.loads(tree), f"{out.url_of(name)}: {array}")
-            raw = np.load(io.BytesIO(stored), allow_pickle=False)
-            yield entry, raw.astype(np.float32) * np.float32(entry.scale)
+    try:
+        with tarfile.open(fileobj=io.BytesIO(out.read_bytes(name)), mode="r:") as tar:
+            files = {member.name: member for member in tar if member.isfile()}
+            for array in [name for name in files if name.endswith(".npy")]:
+                tree, stored = (
+                    tar.extractfile(files[member]).read()  # type: ignore[union-attr]
+                    for member in (f"{array.removesuffix('.npy')}.json", array)
+                )
+                entry = entry_of(json.loads(tree), f"{out.url_of(name)}: {array}")
+                raw = np.load(io.BytesIO(stored), allow_pickle=False)
+                yield entry, raw.astype(np.float32) * np.float32(entry.scale)
+    except (tarfile.TarError, KeyError, ValueError) as error:
+        raise DataError(f"{out.url_of(name)} is not a readable shard: {error}") from error
 
 
 def _names_any(line: str, names: set[str]) -> bool:
-    return any(name in line for name in names)
+    return any(re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", line) for name in names)
 
 
 def _warn_of_copies(kept: pd.DataFrame, erased: pd.DataFrame) -> None:

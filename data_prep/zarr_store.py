@@ -96,6 +96,18 @@ def write_archive(out: Store, staging: Store, table: pd.DataFrame, num_parcels: 
         pass
 
 
+def trim_archive(out: Store, table: pd.DataFrame) -> None:
+    """Cut off what lies after the last recording of `table`: rows that a stopped addition has written."""
+    import zarr
+
+    group = zarr.open_group(zarr_root(out), mode="r+")
+    num_rows = int((table["first_row"] + table["num_timepoints"]).max())
+    num_places = int(table["archive_row"].max()) + 1
+    for name, length in (("bold", num_rows), ("keep_mask", num_rows), ("coverage", num_places)):
+        if group[name].shape[0] > length:
+            group[name].resize((length, *group[name].shape[1:]))
+
+
 def erase_recordings(out: Store, table: pd.DataFrame) -> None:
     """Overwrite the rows of the recordings in `table`: NaN, not kept, coverage 0."""
     import zarr

@@ -210,3 +210,75 @@ def test_a_repeated_series_goes_to_the_split_of_its_twin(toy, rng, small_objects
     for number in range(12):
         assert split_of[f"S_{20 + number:03d}"] == split_of[f"S_{number:03d}"]
     assert len(open_dataset(tree["out"]).manifest["duplicates"]) == 12
+
+
+def test_a_contract_s_filter_is_processing_too(toy, rng, small_objects, capsys):
+    filtered = toy.settings(toy.write_table(rng), name="filtered", out=str(toy.folder / "filtered"))
+    assert toy.prepare(filtered, "clean.high_pass_hz=0.02", "target_tr_s=2.0") == 0
+    base = toy.settings(toy.write_table(rng, name="base", first=20), name="base")
+    contract = f"contract={filtered['out']}"
+    assert toy.prepare(base, contract) == 0
+    more = toy.settings(toy.write_table(rng, num_subjects=3, name="more", first=40), name="more")
+    assert toy.prepare(more, "add=true") == 1
+    assert "clean.high_pass_hz: None here, 0.02 there" in capsys.readouterr().err
+    assert toy.prepare(more, "add=true", contract) == 0
+    plain = toy.settings(
+        toy.write_table(rng, 20, name="plain", first=60), name="plain", out=str(toy.folder / "plain-out")
+    )
+    assert toy.prepare(plain) == 0
+    assert toy.prepare(more | {"out": plain["out"]}, "add=true", contract) == 1
+
+
+def test_two_programs_cannot_write_one_data_set(toy, two, capsys):
+    from brainlm.store import Store
+    from data_prep.lock_dataset import locked
+
+    _, second = two
+    with locked(Store(second["out"])):
+        assert toy.prepare(second, "add=true") == 1
+    assert "another process is writing" in capsys.readouterr().err
+    assert toy.prepare(second, "add=true") == 0
+
+
+def test_a_data_set_that_changed_meanwhile_is_left_alone(toy, two, monkeypatch, capsys, tree_bytes):
+    from data_prep import prepare
+
+    first, second = two
+    real = prepare.place_in_splits
+
+    def meanwhile(*arguments):
+        path = Path(first["out"]) / "dataset.json"
+        path.write_text(path.read_text().replace('"content_hash": "', '"content_hash": "0'))
+        return real(*arguments)
+
+    monkeypatch.setattr(prepare, "place_in_splits", meanwhile)
+    before = tree_bytes(Path(first["out"]))
+    assert toy.prepare(second, "add=true") == 1
+    assert "by another process meanwhile" in capsys.readouterr().err
+    after = tree_bytes(Path(first["out"]))
+    assert {name for name in before if after[name] != before[name]} == {"dataset.json"}
+
+
+def test_a_cohort_with_refused_recordings_can_grow(toy, rng, small_objects, capsys):
+    path = toy.write_table(rng, num_subjects=20)
+    for number in (3, 4):
+        np.save(path.parent / "ts" / f"S_{number:03d}.npy", rng.normal(size=(10, 6)))
+    tree = toy.settings(path)
+    assert toy.prepare(tree) == 0
+    np.save(path.parent / "ts" / "S_020.npy", toy.write_series(rng).astype(np.float32))
+    path.write_text(path.read_text() + "S_020\t020\t31\t1\tsite0\t2.0\n")
+    assert toy.prepare(tree, "add=true") == 0
+    assert len(recordings(tree)) == 19
+    assert len(pd.read_parquet(Path(tree["out"]) / "rejected.parquet")) == 2
+
+
+def test_the_contract_says_how_old_and_new_recordings_were_made(toy, rng, small_objects):
+    tree = toy.settings(toy.write_table(rng))
+    assert toy.prepare(tree) == 0
+    more = toy.write_table(rng, num_subjects=4, num_timepoints=90, name="more", first=20)
+    more.write_text(more.read_text().replace("\t2.0\n", "\t1.5\n"))
+    assert toy.prepare(toy.settings(more, name="more"), "add=true") == 0
+    contract = open_dataset(tree["out"]).contract
+    assert contract.cleaning["resampled_from_tr_s"] == [1.5]
+    assert sum("resampled" in flag for flag in contract.flags) == 1
+    assert recordings(tree)["resampled"].tolist() == [False] * 6 + [True] * 4

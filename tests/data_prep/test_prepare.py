@@ -17,6 +17,8 @@ from brainlm.scaling import centre, robust_statistics
 from data_prep import inspect_dataset
 from data_prep.prepare import main
 
+from .conftest import MOTION
+
 
 def recordings(folder):
     return pd.read_parquet(Path(folder) / "recordings.parquet")
@@ -402,3 +404,68 @@ def test_series_staged_with_another_atlas_image_are_not_used_again(toy, rng, mon
     assert toy.prepare(tree) == 0
     again = zarr.open_group(toy.folder / "dataset" / "recordings.zarr", mode="r")["bold"][:]
     np.testing.assert_array_equal(found, again)
+
+
+def test_stopped_runs_of_several_repetition_times_do_nothing_twice(toy, rng, monkeypatch, tree_bytes):
+    path = toy.write_table(rng)
+    path.write_text(path.read_text().replace("site1\t2.0", "site1\t1.5"))
+    whole = toy.settings(path, out=str(toy.folder / "whole"))
+    assert toy.prepare(whole) == 0
+    tree = toy.settings(path)
+
+    class Killed(Exception):
+        pass
+
+    def stop(*arguments):
+        raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.make_contract", stop)
+        with pytest.raises(Killed):
+            toy.prepare(tree)
+    read = []
+    import data_prep.one_recording as one_recording
+
+    original = one_recording.read_recording
+    monkeypatch.setattr(one_recording, "read_recording", lambda path, *rest: read.append(path) or original(path, *rest))
+    assert toy.prepare(tree) == 0
+    assert read == []
+    assert tree_bytes(Path(tree["out"])) == tree_bytes(Path(whole["out"]))
+
+
+def test_a_refusal_for_want_of_a_sidecar_is_looked_at_again(toy, rng):
+    root = toy.write_bids(rng)
+    tree = toy.settings(root, clean={"strategy": "aCompCor"})
+    assert toy.prepare(tree) == 1
+    reasons = rejected(tree["out"])["reason"]
+    for table in root.rglob("*_timeseries.tsv"):
+        frame = pd.read_csv(table, sep="\t", na_values="n/a")
+        for name in MOTION:
+            for what in ("derivative1", "power2", "derivative1_power2"):
+                frame[f"{name}_{what}"] = rng.normal(size=len(frame))
+        frame["a_comp_cor_00"], frame["cosine00"] = rng.normal(size=(2, len(frame)))
+        frame.to_csv(table, sep="\t", na_rep="n/a", index=False)
+        component = {"a_comp_cor_00": {"Mask": "combined", "Method": "aCompCor", "Retained": True}}
+        table.with_suffix(".json").write_text(json.dumps(component))
+    assert toy.prepare(tree) == 0, reasons.tolist()
+
+
+def test_staged_rows_of_another_target_do_not_show(toy, rng, monkeypatch, tree_bytes):
+    path = toy.write_table(rng)
+    path.write_text(path.read_text().replace("\t2.0\n", "\t2.001\n"))
+    whole = toy.settings(path, out=str(toy.folder / "whole"))
+    assert toy.prepare(whole) == 0
+
+    class Killed(Exception):
+        pass
+
+    def stop(*arguments):
+        raise Killed
+
+    tree = toy.settings(path)
+    with monkeypatch.context() as patch:
+        patch.setattr("data_prep.prepare.make_contract", stop)
+        with pytest.raises(Killed):
+            toy.prepare(tree, "target_tr_s=2.0")
+    assert toy.prepare(tree) == 0
+    assert tree_bytes(Path(tree["out"])) == tree_bytes(Path(whole["out"]))

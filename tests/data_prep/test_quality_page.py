@@ -266,3 +266,11 @@ def test_what_was_done_before_is_shown_where_it_is_known(rng):
     assert "What was done before" not in quality_page(given)
     given.recordings["denoised"] = ["FIX"] * 5 + [""] * 7
     assert table_after(quality_page(given), "What was done before")[1:] == [["-", "7"], ["FIX", "5"]]
+
+
+@pytest.mark.parametrize("value", [0.1, -3.0, 1e-12])
+def test_values_that_differ_by_rounding_alone_are_told_as_one(rng, value):
+    given, _ = report(rng)
+    given.recordings["dvars_z"] = np.where(np.arange(12) < 6, value, np.nextafter(value, np.inf))
+    assert given.recordings["dvars_z"].nunique() == 2
+    assert re.search(rf"DVARS[^:]*: {value:g} in every recording", text_of(quality_page(given)))

@@ -134,3 +134,58 @@ def test_nobody_left_and_an_empty_list_are_errors(toy, made, capsys):
     assert "lists no subjects" in capsys.readouterr().err
     assert "pending" not in json.loads((Path(tree["out"]) / "dataset.json").read_bytes()).get("withdrawn", {})
     assert len(series(tree)) == 8
+
+
+def test_what_a_stopped_addition_left_of_them_goes_too(toy, made, rng, monkeypatch, tree_bytes, capsys):
+    from brainlm.store import Store
+
+    tree, _ = made
+    more = toy.settings(toy.write_table(rng, num_subjects=3, name="more", first=20), name="more")
+    more["shards"] = tree["shards"]
+    real = Store.write_json
+
+    def stopped(store, name, content):
+        if name == "dataset.json":
+            raise KeyboardInterrupt
+        real(store, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "write_json", stopped)
+        assert toy.prepare(more, "add=true") == 130
+    out = Path(tree["out"])
+    (out / "shards" / "train-00009.tar.tmp").write_bytes(b"S_021")
+    (toy.folder / "late.csv").write_text("021\n")
+    assert toy.prepare(tree, f"withdraw={toy.folder / 'late.csv'}") == 0
+    original = np.load(toy.folder / "more" / "ts" / "S_021.npy")
+    for name, data in tree_bytes(out).items():
+        assert b"S_021" not in data, name
+        assert original[10:12].tobytes() not in data, name
+    capsys.readouterr()
+    assert inspect_dataset.main([tree["out"]]) == 0, capsys.readouterr().out
+    assert toy.prepare(more, "add=true") == 0
+    ids = pd.read_parquet(out / "recordings.parquet")["recording_id"].tolist()
+    assert "S_020" in ids
+    assert "S_021" not in ids
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut"])
+def test_a_damaged_shard_stops_the_withdrawal_before_anything_is_changed(toy, made, tree_bytes, capsys, damage):
+    tree, command = made
+    out = Path(tree["out"])
+    tar = sorted((out / "shards").glob("*.tar"))[0]
+    data = tar.read_bytes()
+    tar.unlink() if damage == "missing" else tar.write_bytes(data[:3000])
+    before = tree_bytes(out)
+    assert toy.prepare(tree, command) == 1
+    assert tar.stem in capsys.readouterr().err
+    assert tree_bytes(out) == before
+    tar.write_bytes(data)
+    assert toy.prepare(tree, command) == 0
+
+
+def test_warnings_about_others_stay(toy, rng):
+    from data_prep.withdraw import _names_any
+
+    assert _names_any("equal series: S_2, S_3", {"S_2"})
+    assert not _names_any("12 recordings are in MNI152NLin2009cAsym", {"2", "12recordings"})
+    assert not _names_any("equal series: S_20, S_3", {"S_2"})
