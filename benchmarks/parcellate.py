@@ -62,7 +62,8 @@ def ours(image: str, labels: str) -> Callable[[], Means]:
     atlas = load_atlas(AtlasSettings(image=labels, name="benchmark"))
     with NiftiStream(image) as stream:
         atlas.on_grid(stream.header.shape, stream.header.affine)
-    return lambda: parcellate(image, atlas, space="", tr_s=None, tr_from="", checks=CheckSettings()).bold
+    like_nilearn: dict[str, Any] = {"checks": CheckSettings(), "mean_over": "all"}
+    return lambda: parcellate(image, atlas, space="", tr_s=None, tr_from="", **like_nilearn).bold
 
 
 def cleaned(image: str, labels: str) -> Callable[[], Means]:

@@ -134,7 +134,8 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
     with ExitStack() as inputs:
         with _stage("read"):
             file = inputs.enter_context(local_input(entry.file))
-            found = read_recording(file, entry, recipe.atlas, recipe.orientation, recipe.checks)
+            reading = (recipe.orientation, recipe.checks, recipe.clean.mean_over)
+            found = read_recording(file, entry, recipe.atlas, *reading)
         bold, coverage, tr_s = found.bold, found.coverage, found.tr_s
         with _stage("confounds"):
             confounds_file = inputs.enter_context(local_input(entry.confounds)) if entry.confounds else None

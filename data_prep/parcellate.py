@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from brainlm.errors import DataError
 from data_prep.atlas_image import AtlasImage, Grid
 from data_prep.nifti_stream import NiftiHeader, NiftiStream
-from data_prep.settings import CheckSettings
+from data_prep.settings import CheckSettings, MeanOver
 from data_prep.space_check import check_claimed_space, check_overlap
 
 LONGEST_TR_S = 30.0  # a larger number is milliseconds in a header that says seconds
@@ -32,10 +32,10 @@ class Parcellated:
     Attributes
     ----------
     bold : ndarray, shape (T, P), float32
-        Mean over all voxels of the parcel on the image's grid, like nilearn's masker, summed in float64. A parcel is
-        missing if and only if its column is NaN: its coverage is 0 or below ``checks.min_parcel_coverage``, or one of
-        its voxels is NaN (or infinite) now and then, which would put steps into the mean. A voxel that is never finite
-        counts as 0.
+        Mean over the parcel's voxels with signal on the image's grid (or over all, like nilearn's masker, those without
+        counting as 0), summed in float64. A voxel has signal unless it is 0 in every volume or never finite. A parcel
+        is missing if and only if its column is NaN: its coverage is 0 or below ``checks.min_parcel_coverage``, or one
+        of its voxels is NaN (or infinite) now and then, which would put steps into the mean.
     coverage : ndarray, shape (P,), float32
         Measured for every parcel, missing or not: the fraction of its voxels inside the field of view (on the atlas'
         own grid) times the fraction of its voxels on the image's grid whose signal is finite in every volume and not 0
@@ -54,7 +54,14 @@ class Parcellated:
 
 
 def parcellate(
-    path: str | Path, atlas: AtlasImage, *, space: str, tr_s: float | None, tr_from: str, checks: CheckSettings
+    path: str | Path,
+    atlas: AtlasImage,
+    *,
+    space: str,
+    tr_s: float | None,
+    tr_from: str,
+    checks: CheckSettings,
+    mean_over: MeanOver = "covered",
 ) -> Parcellated:
     """Average an image over the parcels of an atlas.
 
@@ -69,6 +76,8 @@ def parcellate(
         Template space that the file's name or the settings claim; "" if none.
     tr_s : float or None
         Repetition time from `tr_from`, to be compared with the header's.
+    mean_over : {"covered", "all"}
+        Voxels that a mean is over: those with signal, or all, those without counting as 0.
 
     Raises
     ------
@@ -86,7 +95,7 @@ def parcellate(
         means = _Means(header, grid)
         for volume in itertools.chain([first], volumes):
             means.add(volume)
-    return means.result(tr_s, checks)
+    return means.result(tr_s, checks, mean_over)
 
 
 def _repetition_time(in_header: float | None, tr_s: float | None, tr_from: str) -> float:
@@ -171,7 +180,7 @@ class _Means:
         self._shifted += sample
         self._squares += sample * sample
 
-    def result(self, tr_s: float, checks: CheckSettings) -> Parcellated:
+    def result(self, tr_s: float, checks: CheckSettings, mean_over: MeanOver) -> Parcellated:
         """Return what came of all volumes."""
         grid, num_volumes = self._grid, self._header.num_volumes
         assert self._num_added == num_volumes
@@ -186,6 +195,8 @@ class _Means:
             good &= self._num_bad == 0
             broken = (self._num_bad > 0) & (self._num_bad < num_volumes)
         num_good = np.bincount(self._columns, weights=good, minlength=len(on_grid))
+        if mean_over == "covered":  # voxels without signal have added nothing to the sums
+            self._bold *= np.where(num_good > 0, grid.num_voxels / np.maximum(num_good, 1.0), 1.0)
         coverage = num_good / np.maximum(grid.num_voxels, 1) * grid.in_view
         missing = (coverage == 0.0) | (coverage < checks.min_parcel_coverage)
         missing |= np.bincount(self._columns, weights=broken, minlength=len(on_grid)) > 0

@@ -7,12 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from brainlm.errors import ConfigError
+from brainlm.dataset import SPLITS
+from brainlm.errors import BrainLMError, ConfigError
 from data_prep.held_dataset import HeldDataset
 from data_prep.parquet_tables import REJECTED_COLUMNS
 from data_prep.read_table import text
 from data_prep.settings import PrepareSettings
-from data_prep.source_entry import SourceEntry
+from data_prep.source_entry import Source, SourceEntry
 from data_prep.splits import SplitItem, assign_splits
 
 SITE = "site"
@@ -57,6 +58,19 @@ def place_in_splits(
     table = table[fine].reset_index(drop=True)
     table["split"] = pd.Series([split_of[recording_id] for recording_id in table["recording_id"]], dtype="string")
     return table, refused, [item for item in items if item.recording_id not in reasons]
+
+
+def splits_in_advance(settings: PrepareSettings, source: Source) -> str:
+    """Say in words how the recordings would be divided, equal series unseen, or why they cannot be."""
+    columns = ("recording_id", "subject", "family", SITE)
+    table = pd.DataFrame({name: [getattr(entry, name) for entry in source.entries] for name in columns})
+    table["series_sha256"] = table["recording_id"]
+    try:
+        divided, _, _ = place_in_splits(settings, table.assign(source=""), source.subjects, source.entries, None)
+    except BrainLMError as error:
+        return str(error)
+    counts = divided["split"].value_counts()
+    return ", ".join(f"{split} {int(counts.get(split, 0))}" for split in SPLITS)
 
 
 def place_in_archive(table: pd.DataFrame, first_row: int, first_place: int) -> None:

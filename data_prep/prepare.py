@@ -52,7 +52,7 @@ from data_prep.parquet_tables import (
     RowBatches,
     write_parquet,
 )
-from data_prep.place import place_in_archive, place_in_splits
+from data_prep.place import place_in_archive, place_in_splits, splits_in_advance
 from data_prep.resample import SAME_TR
 from data_prep.run_log import FOLDER as LOG_FOLDER
 from data_prep.run_log import RunLog
@@ -260,13 +260,24 @@ def show_plan(settings: PrepareSettings) -> int:
     print(f"# {len(source.entries)} recordings of {len(source.subjects)} subjects, {sum(sizes) / 1e6:.1f} MB to read")
     if len(sizes) < len(source.entries):
         print(f"# {len(source.entries) - len(sizes)} files are not there")
-    already = [entry for entry in source.entries if entry.refusal]
-    for entry in already[:MAX_LISTED]:
-        print(f"# would refuse {entry.recording_id}: {entry.refusal}")
+    reasons = [(entry.recording_id, refusal_in_advance(settings, entry)) for entry in source.entries]
+    already = [(recording_id, reason) for recording_id, reason in reasons if reason]
+    for recording_id, reason in already[:MAX_LISTED]:
+        print(f"# would refuse {recording_id}: {reason}")
     if len(already) > MAX_LISTED:
         print(f"# and {len(already) - MAX_LISTED} more")
+    print(f"# splits: {splits_in_advance(settings, source)}")
     print(f"# atlas {atlas.name}: {atlas.num_parcels} parcels; to {settings.out}")
     return 0
+
+
+def refusal_in_advance(settings: PrepareSettings, entry: SourceEntry) -> str:
+    """Return what is known to be wrong before anything is read."""
+    if entry.refusal:
+        return entry.refusal
+    if not entry.file_stamp:
+        return "the file is not there"
+    return "there is no confounds table" if settings.clean.needs_confounds and not entry.confounds_stamp else ""
 
 
 def show_summary(

@@ -22,12 +22,17 @@ from data_prep.local_input import local_input
 from data_prep.parcellate import LONGEST_TR_S, Parcellated, parcellate
 from data_prep.read_cifti import read_dense_series, read_parcel_series
 from data_prep.read_series import missing_columns, read_series
-from data_prep.settings import CheckSettings, Orientation
+from data_prep.settings import CheckSettings, MeanOver, Orientation
 from data_prep.source_entry import CIFTI_SUFFIXES, IMAGE_SUFFIXES, SourceEntry
 
 
 def read_recording(
-    path: Path, entry: SourceEntry, atlas: AtlasImage, orientation: Orientation, checks: CheckSettings
+    path: Path,
+    entry: SourceEntry,
+    atlas: AtlasImage,
+    orientation: Orientation,
+    checks: CheckSettings,
+    mean_over: MeanOver = "covered",
 ) -> Parcellated:
     """Read the file of an entry as parcel series.
 
@@ -41,6 +46,8 @@ def read_recording(
     orientation : str
         Axes of series files.
     checks : CheckSettings
+    mean_over : {"covered", "all"}
+        Voxels of an image that a parcel's mean is over (`data_prep.parcellate`).
 
     Returns
     -------
@@ -60,20 +67,30 @@ def read_recording(
     elif name.endswith(CIFTI_SUFFIXES[1]):
         found = read_parcel_series(path, atlas, orientation, tr_s=entry.tr_s, tr_from=entry.tr_from)
     elif name.endswith(IMAGE_SUFFIXES):
-        found = _read_volumes(path, entry, atlas, checks)
+        found = _read_volumes(path, entry, atlas, checks, mean_over)
     else:
         found = _read_series(path, entry, atlas, orientation)
     _check_tr(found.tr_s, entry)
     return found
 
 
-def _read_volumes(path: Path, entry: SourceEntry, atlas: AtlasImage, checks: CheckSettings) -> Parcellated:
+def _read_volumes(
+    path: Path, entry: SourceEntry, atlas: AtlasImage, checks: CheckSettings, mean_over: MeanOver
+) -> Parcellated:
     with ExitStack() as inputs:
         if entry.warp:
             warp = inputs.enter_context(local_input(entry.warp))
             reference = inputs.enter_context(local_input(entry.warp_reference))
             path = inputs.enter_context(warped(path, warp, reference))
-        return parcellate(path, atlas, space=entry.space, tr_s=entry.tr_s, tr_from=entry.tr_from, checks=checks)
+        return parcellate(
+            path,
+            atlas,
+            space=entry.space,
+            tr_s=entry.tr_s,
+            tr_from=entry.tr_from,
+            checks=checks,
+            mean_over=mean_over,
+        )
 
 
 def _read_series(path: Path, entry: SourceEntry, atlas: AtlasImage, orientation: Orientation) -> Parcellated:

@@ -61,8 +61,15 @@ def _read_parquet(path: Path, text_columns: Iterable[str], only: Iterable[str] |
         columns = [name for name in parquet.read_schema(path).names if name in wanted]
     table = pd.read_parquet(path, columns=columns)
     for name in set(text_columns) & set(table.columns):
-        table[name] = table[name].map(lambda value: None if pd.isna(value) else str(value)).astype(object)
+        table[name] = table[name].map(_as_text).astype(object)
     return table
+
+
+def _as_text(value: Any) -> str | None:
+    if pd.isna(value):
+        return None
+    # A column of whole numbers with a gap is one of floats: an id is the same with and without somebody else's gap.
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _read_text(path: Path, text_columns: set[str], only: Iterable[str] | None) -> pd.DataFrame:

@@ -9,6 +9,7 @@ from brainlm.config import Section, config_hash, to_tree
 from brainlm.shards import StoredDtype
 
 Orientation = Literal["timepoints_by_parcels", "parcels_by_timepoints", "from_atlas"]
+MeanOver = Literal["covered", "all"]
 Strategy = Literal["none", "6P", "24P", "aCompCor", "ICA-AROMA"]
 
 # Raise it when the same settings give other series: staged recordings of a stopped run are then made again.
@@ -148,8 +149,11 @@ class ScrubSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class CleanSettings(Section):
-    """What is removed from each series, before resampling. Nothing by default."""
+    """How series are made and what is removed from them, before resampling. Nothing is removed by default."""
 
+    mean_over: MeanOver = "covered"
+    """Voxels that a parcel's mean is over: those with signal, or ``all``, those without counting as 0 (as in nilearn's
+    masker: the amplitude of a parcel then shrinks with its coverage)."""
     dummy_scans: int | Literal["auto"] = 0
     """Timepoints dropped at the start; ``auto`` drops those that the confounds mark as non-steady state."""
     strategy: Strategy = "none"

@@ -27,8 +27,9 @@ def series(toy, rng):
     return toy.write_series(rng, 20)
 
 
-def run(path, atlas, space="MNI152NLin6Asym", tr_s=None, **checks):
-    return parcellate(path, atlas, space=space, tr_s=tr_s, tr_from="the test", checks=CheckSettings(**checks))
+def run(path, atlas, space="MNI152NLin6Asym", tr_s=None, mean_over="covered", **checks):
+    settings = CheckSettings(**checks)
+    return parcellate(path, atlas, space=space, tr_s=tr_s, tr_from="the test", checks=settings, mean_over=mean_over)
 
 
 @pytest.mark.parametrize("dtype", [np.int16, np.int32, np.float32, np.float64])
@@ -160,6 +161,19 @@ def test_voxels_without_signal_lower_the_coverage(toy, atlas, series):
     assert np.isfinite(found.bold[:, [1, 2, 4, 5]]).all()
 
 
+@pytest.mark.parametrize("slope", [None, (0.5, 10.0)])
+def test_the_mean_is_over_voxels_with_signal_unless_all_are_asked_for(toy, atlas, series, slope):
+    volume = toy.paint(np.round(series))
+    volume[3:6][toy.labels[3:6] == 7] = 0  # half of the parcel
+    dtype = np.float32 if slope is None else np.int16
+    path = toy.write_image(toy.folder / "a.nii.gz", volume, dtype=dtype, slope=slope)
+    covered, everything = run(path, atlas), run(path, atlas, mean_over="all")
+    np.testing.assert_allclose(covered.bold, np.round(series), rtol=1e-6)
+    np.testing.assert_allclose(everything.bold[:, 1], np.round(series)[:, 1] / 2, rtol=1e-6)
+    np.testing.assert_array_equal(np.delete(covered.bold, 1, axis=1), np.delete(everything.bold, 1, axis=1))
+    np.testing.assert_array_equal(covered.coverage, everything.coverage)
+
+
 def test_coverage_is_measured_below_the_limit_too_and_the_parcel_is_missing(toy, atlas, series):
     volume = toy.paint(series)
     volume[3:8][toy.labels[3:8] == 7] = 0  # five sixths of the parcel
@@ -187,8 +201,8 @@ def test_zero_after_scaling_is_no_signal(toy, atlas, series):
 
 
 @pytest.mark.parametrize("slope", [None, (2.0, 5.0)])
-def test_voxels_that_are_never_finite_count_as_zero(toy, atlas, series, slope):
-    """As nilearn's masker has it for NaN; infinity of either sign is no better."""
+def test_voxels_that_are_never_finite_have_no_signal(toy, atlas, series, slope):
+    """Over all voxels they count as 0, as nilearn's masker has it for NaN; infinity of either sign is no better."""
     volume = toy.paint(series)
     volume[3, 2, 4], volume[3, 2, 5], volume[3, 2, 6] = np.nan, np.inf, -np.inf
     path = toy.write_image(toy.folder / "a.nii.gz", volume)
@@ -199,10 +213,11 @@ def test_voxels_that_are_never_finite_count_as_zero(toy, atlas, series, slope):
         image.header["vox_offset"] = 352
         data.write_bytes(image.header.binaryblock + bytes(4) + volume.astype("<f4").tobytes(order="F"))
         path = data
-    found = run(path, atlas)
+    found = run(path, atlas, mean_over="all")
     scaled = series.astype(np.float32) * 2.0 + 5.0 if slope else series
     np.testing.assert_allclose(found.bold[:, 0], scaled[:, 0] * 57 / 60, rtol=1e-6)
     np.testing.assert_allclose(found.bold[:, 1:], scaled[:, 1:], rtol=1e-6)
+    np.testing.assert_allclose(run(path, atlas).bold, scaled, rtol=1e-6)
     np.testing.assert_allclose(found.coverage, [57 / 60, 1, 1, 1, 1, 1])
 
 
@@ -416,13 +431,15 @@ def test_real_image_equals_the_oracle_with_parcel_405_missing(shared_data):
     image = next(folder.glob("*_bold.nii.gz"))
     atlas = load_atlas(AtlasSettings(image=str(shared_data / "atlases" / "A424+2mm.nii.gz"), name="A424"))
     assert atlas.atlas.num_parcels == 424
-    found = run(image, atlas, min_parcel_coverage=0.0)
+    found = run(image, atlas, mean_over="all", min_parcel_coverage=0.0)
     oracle = np.load(folder / "oracle_A424_mean_T220x424_float64.npy")
     missing = np.isnan(oracle).all(axis=0)
     missing[382] = True  # its only voxel at 4 mm is 0 throughout
     np.testing.assert_array_equal(found.coverage == 0, missing)
     np.testing.assert_allclose(found.bold[:, ~missing], oracle[:, ~missing], rtol=1e-5)
     assert found.tr_s == 2.0
+    covered = run(image, atlas, min_parcel_coverage=0.0)  # nothing is cut off here: coverage is the share of voxels
+    np.testing.assert_allclose((covered.bold * covered.coverage)[:, ~missing], oracle[:, ~missing], rtol=1e-5)
 
 
 def test_real_atlas_coordinates_lie_near_its_published_table(shared_data):
@@ -445,7 +462,7 @@ def test_a_parcel_of_the_table_without_a_voxel_stays_a_column_that_nothing_cover
     )
     assert atlas.atlas.num_parcels == 424
     assert "no voxel in the image and are parcels that nothing covers: [405]" in atlas.warnings[0]
-    found = run(next(folder.glob("*_bold.nii.gz")), atlas, min_parcel_coverage=0.0)
+    found = run(next(folder.glob("*_bold.nii.gz")), atlas, mean_over="all", min_parcel_coverage=0.0)
     oracle = np.load(folder / "oracle_A424_mean_T220x424_float64.npy")
     assert found.coverage[404] == 0
     assert np.isnan(found.bold[:, 404]).all()
