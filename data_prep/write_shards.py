@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,7 @@ def write_shards(
 ) -> ShardRows:
     """Write the shards that `table` names in its column ``shard``; return their rows for ``dataset.json`` by split."""
     parts = [(str(name), part) for name, part in table.groupby("shard", sort=True)]
-    tasks = [(out, staging, name, part[ENTRY_COLUMNS].to_dict("records"), num_parcels, dtype) for name, part in parts]
+    tasks = [(out, staging, name, part[ENTRY_COLUMNS], num_parcels, dtype) for name, part in parts]
     by_split: ShardRows = {split: [] for split in SPLITS}
     for (_, part), row in zip(parts, run.run(_write_one, tasks, "shards")):
         by_split[part["split"].iloc[0]].append(row)
@@ -63,13 +63,13 @@ def remove_unknown_shards(out: Store, known: ShardRows | None) -> None:
 
 
 def _write_one(
-    out: Store, staging: Store, name: str, rows: Sequence[dict[str, Any]], num_parcels: int, dtype: StoredDtype
+    out: Store, staging: Store, name: str, table: pd.DataFrame, num_parcels: int, dtype: StoredDtype
 ) -> dict[str, Any]:
     def recordings() -> Iterator[tuple[ShardEntry, NDArray[np.float32]]]:
-        for row in rows:
+        for row in table.to_dict("records"):
             staged = load_staged(staging, row["recording_id"])
             entry = ShardEntry(
-                **row,
+                **{str(name): value for name, value in row.items()},
                 num_parcels=num_parcels,
                 dtype=dtype,
                 scale=1.0,
