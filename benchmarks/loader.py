@@ -34,7 +34,6 @@ import resource
 import statistics
 import tempfile
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -307,10 +306,7 @@ def in_child(work: Callable[..., Any], *args: Any) -> Any:
         warnings.simplefilter("ignore")
         with tempfile.TemporaryDirectory() as cache:  # nothing is cached before
             os.environ["BRAINLM_CACHE"] = cache
-            try:
-                sender.send(work(*args))
-            except Exception:
-                traceback.print_exc()
+            sender.send(work(*args))  # an error is printed and ends this process with status 1
 
     process = context.Process(target=run)
     process.start()

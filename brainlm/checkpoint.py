@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import hmac
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +23,7 @@ from brainlm.config import build
 from brainlm.errors import CheckpointError, ConfigError
 from brainlm.input_contract import InputContract
 from brainlm.store import Store
+from brainlm.subject_hash import keyed_hash
 
 if TYPE_CHECKING:
     from brainlm.model import BrainLM
@@ -61,7 +61,7 @@ def save_checkpoint(
     data = save({name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()})
     sha256 = hashlib.sha256(data).hexdigest()
     key = hashlib.sha256(f"train subjects of {sha256}".encode()).hexdigest()
-    subjects = sorted({_keyed_hash(key, subject) for subject in train_subjects})
+    subjects = sorted({keyed_hash(key, subject) for subject in train_subjects})
     store.write_bytes(WEIGHTS, data)
     store.write_bytes(input_contract.FILE_NAME, model.contract.dumps().encode())
     store.write_json(TRAIN_SUBJECTS, {"key": key, "subjects": subjects})
@@ -142,8 +142,4 @@ def seen_subjects(folder: str, subjects: list[str]) -> set[str]:
         raise CheckpointError(f"{folder} has no {TRAIN_SUBJECTS}: which subjects it was trained on is not known")
     tree = store.read_json(TRAIN_SUBJECTS)
     known = set(tree["subjects"])
-    return {subject for subject in subjects if _keyed_hash(tree["key"], subject) in known}
-
-
-def _keyed_hash(key: str, subject: str) -> str:
-    return hmac.new(bytes.fromhex(key), subject.encode(), hashlib.sha256).hexdigest()
+    return {subject for subject in subjects if keyed_hash(tree["key"], subject) in known}

@@ -113,7 +113,8 @@ def build(cls: type[SettingsT], tree: Any, where: str) -> SettingsT:
                 lines.append(f"  {path}: {item['ctx']['error']}")
             else:
                 found = item["input"]
-                lines.append(f"  {path}: {item['msg'].lower()}, found {found!r} ({type(found).__name__})")
+                message = item["msg"][:1].lower() + item["msg"][1:]  # the rest may hold values, whose case counts
+                lines.append(f"  {path}: {message}, found {found!r} ({type(found).__name__})")
         raise ConfigError("\n".join(lines)) from error
     except TypeError as error:
         raise ConfigError(f"{where}: {error}") from error

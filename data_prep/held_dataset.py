@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from brainlm.dataset import MANIFEST, check_no_withdrawal
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.store import Store, sha256_of_file
+from brainlm.subject_hash import keyed_hash
 from data_prep.atlas_image import AtlasImage
 from data_prep.parquet_tables import RECORDINGS, REJECTED, SUBJECTS, read_parquet
 from data_prep.settings import PrepareSettings, differences
@@ -164,10 +163,6 @@ def merged_subjects(held: HeldDataset, added: pd.DataFrame) -> pd.DataFrame:
 def for_addition(held: HeldDataset, settings: PrepareSettings) -> PrepareSettings:
     """Return the settings with the data set's TR and statistics: what is added is resampled and scaled with them."""
     return replace(settings, target_tr_s=held.contract.tr_s, statistics=None)
-
-
-def keyed_hash(key: str, subject: str) -> str:
-    return hmac.new(bytes.fromhex(key), subject.encode(), hashlib.sha256).hexdigest()
 
 
 def _check_atlas(held: HeldDataset, settings: PrepareSettings, atlas: AtlasImage) -> None:

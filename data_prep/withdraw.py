@@ -26,14 +26,14 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from brainlm.checkpoint import TRAIN_SUBJECTS, seen_subjects
 from brainlm.dataset import MANIFEST
 from brainlm.errors import CheckpointError, ConfigError, DataError
 from brainlm.shards import FOLDER as SHARDS_FOLDER
 from brainlm.shards import ShardEntry, encode_shard, entry_of, write_shard
 from brainlm.store import TEMPORARY, Store
+from brainlm.subject_hash import keyed_hash
 from data_prep.finish import TRUTH, Contents, write_dataset
-from data_prep.held_dataset import HeldDataset, keyed_hash, read_held
+from data_prep.held_dataset import HeldDataset, read_held
 from data_prep.make_contract import WITHDRAWN
 from data_prep.parquet_tables import FOLDS, RECORDINGS, REJECTED, SUBJECTS, read_parquet, write_parquet
 from data_prep.run_log import FOLDER as LOG_FOLDER
@@ -111,6 +111,8 @@ def list_checkpoints(subjects: Sequence[str], folders: Sequence[str]) -> list[st
     if not folders:
         print("which checkpoints saw them was not looked up: give checkpoints=[FOLDER, ...]")
         return []
+    from brainlm.checkpoint import TRAIN_SUBJECTS, seen_subjects  # with it comes torch, which nothing else here needs
+
     found, num_looked_at = [], 0
     for folder in folders:
         store = Store(folder)

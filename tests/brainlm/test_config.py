@@ -9,7 +9,7 @@ from typing import Literal
 
 import pytest
 
-from brainlm.config import Section, config_hash, load_config, parse_entry_args, parse_yaml, to_tree, to_yaml
+from brainlm.config import Section, build, config_hash, load_config, parse_entry_args, parse_yaml, to_tree, to_yaml
 from brainlm.errors import ConfigError
 
 Write = Callable[[str], Path]
@@ -195,3 +195,12 @@ def test_entries_accept_the_launchers_rank_before_their_own_arguments() -> None:
 def test_entries_need_no_arguments() -> None:
     args = parse_entry_args("text", [])
     assert (args.config, args.dry_run, args.overrides) == (None, False, [])
+
+
+def test_allowed_values_are_shown_as_they_are_written() -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Cleaning(Section):
+        strategy: Literal["none", "aCompCor"] = "none"
+
+    with pytest.raises(ConfigError, match="strategy: input should be 'none' or 'aCompCor', found '36P'"):
+        build(Cleaning, {"strategy": "36P"}, "test")

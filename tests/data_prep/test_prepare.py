@@ -24,6 +24,14 @@ def recordings(folder):
     return pd.read_parquet(Path(folder) / "recordings.parquet")
 
 
+class Killed(BaseException):
+    """What nothing catches."""
+
+
+def stop(*arguments):
+    raise Killed
+
+
 def rejected(folder):
     return pd.read_parquet(Path(folder) / "rejected.parquet").set_index("recording_id")
 
@@ -210,12 +218,6 @@ def test_interrupted_run_does_only_what_is_missing(toy, rng, monkeypatch, tree_b
     expected = tree_bytes(out)
     (out / "dataset.json").unlink()
 
-    class Killed(BaseException):
-        pass
-
-    def stop(*arguments):
-        raise Killed
-
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.prepare.write_shards", stop)
         with pytest.raises(Killed):
@@ -386,12 +388,6 @@ def test_finished_data_set_of_a_changed_atlas_is_an_error(toy, rng, capsys, chan
 def test_series_staged_with_another_atlas_image_are_not_used_again(toy, rng, monkeypatch):
     tree = toy.settings(toy.write_bids(rng))
 
-    class Killed(BaseException):
-        pass
-
-    def stop(*arguments):
-        raise Killed
-
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.prepare.write_shards", stop)
         with pytest.raises(Killed):
@@ -412,12 +408,6 @@ def test_stopped_runs_of_several_repetition_times_do_nothing_twice(toy, rng, mon
     whole = toy.settings(path, out=str(toy.folder / "whole"))
     assert toy.prepare(whole) == 0
     tree = toy.settings(path)
-
-    class Killed(Exception):
-        pass
-
-    def stop(*arguments):
-        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr("data_prep.prepare.make_contract", stop)
@@ -455,12 +445,6 @@ def test_staged_rows_of_another_target_do_not_show(toy, rng, monkeypatch, tree_b
     path.write_text(path.read_text().replace("\t2.0\n", "\t2.001\n"))
     whole = toy.settings(path, out=str(toy.folder / "whole"))
     assert toy.prepare(whole) == 0
-
-    class Killed(Exception):
-        pass
-
-    def stop(*arguments):
-        raise Killed
 
     tree = toy.settings(path)
     with monkeypatch.context() as patch:
