@@ -23,9 +23,9 @@ from brainlm.config import Section
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.masking import MaskKind, make_mask, mask_generator
-from brainlm.model import sample_hidden
 from brainlm.ordering import rank_part, window_order
 from brainlm.shards import SplitReader
+from brainlm.tokens import parcel_groups, parcel_mask, present_rows, sample_hidden
 
 CLOSE_WITHIN_S = 1.0  # then a read that hangs is left behind, in a thread that does not keep the process alive
 _RATIO, _TOKENS, _DECODED = 1, 2, 3  # separate random streams
@@ -55,6 +55,7 @@ class WindowBatch:
     ``windows (B, P, W)`` float32 in contract units; ``mask (B, L)`` True = hidden; ``present (B, P)``;
     ``ids_decoded (B, Q)`` or None = all hidden tokens; ``kept (B, W)`` False = censored timepoint. Visible values at
     censored timepoints are interpolated between visible kept ones; hidden ones are as stored, and are not to be scored.
+    ``groups (G, g)``: parcels that share tokens, -1 = padding; None = one parcel a token.
     """
 
     windows: Tensor
@@ -62,15 +63,15 @@ class WindowBatch:
     present: Tensor
     ids_decoded: Tensor | None
     kept: Tensor
+    groups: Tensor | None = None
 
     @property
     def num_scored_values(self) -> int:
         """Hidden values of present parcels at kept timepoints that the loss is over."""
-        num_parcels = self.present.shape[1]
-        num_patches = self.mask.shape[1] // num_parcels
-        scored = self.mask & self.present.repeat_interleave(num_patches, dim=1)
+        row_parcels = present_rows(self.present, self.groups)  # (B, R): parcels whose values are in a row's tokens
+        num_patches = self.mask.shape[1] // row_parcels.shape[1]
         num_kept = self.kept.unflatten(1, (num_patches, -1)).sum(dim=2)
-        counts = scored * num_kept.repeat(1, num_parcels)  # (B, L), tokens are parcel-major
+        counts = self.mask * (row_parcels[:, :, None] * num_kept[:, None, :]).flatten(1)  # (B, L), row-major
         if self.ids_decoded is not None:
             counts = counts.gather(1, self.ids_decoded)
         return int(counts.sum())
@@ -78,7 +79,7 @@ class WindowBatch:
     def to(self, device: torch.device) -> WindowBatch:
         if device.type == "cpu":
             return self
-        tensors = (self.windows, self.mask, self.present, self.ids_decoded, self.kept)
+        tensors = (self.windows, self.mask, self.present, self.ids_decoded, self.kept, self.groups)
         return WindowBatch(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
@@ -97,6 +98,8 @@ class WindowLoader:
         Parts into which a rank's share is divided (gradient accumulation).
     windows_per_recording : int
         Windows drawn from each recording per epoch.
+    patch_parcels : int
+        Parcels in a token of the model.
     """
 
     def __init__(
@@ -111,6 +114,7 @@ class WindowLoader:
         rank: int = 0,
         world_size: int = 1,
         micro_batches: int = 1,
+        patch_parcels: int = 1,
     ) -> None:
         if batch_size % (world_size * micro_batches):
             raise ConfigError(
@@ -133,6 +137,8 @@ class WindowLoader:
                 f"recordings of {reader.entries[0].num_parcels} parcels, the contract has {contract.atlas.num_parcels}"
             )
         self._usable = contract.usable
+        coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
+        self._groups = parcel_groups(coords_mm, patch_parcels) if patch_parcels > 1 else None
         iqr = np.where(self._usable, contract.iqr, 1.0).astype(np.float32)
         self._median, self._iqr = torch.from_numpy(contract.median.copy()), torch.from_numpy(iqr)
         self._mean_z = np.where(self._usable, -contract.median / iqr, np.float32(0.0))
@@ -168,16 +174,17 @@ class WindowLoader:
             present = torch.from_numpy(reader.present(recording) & self._usable)
             position = first + i  # in the global batch: the same for any number of ranks
             generator = mask_generator(self.seed, _TOKENS, step, position)
-            mask = make_mask(self.masks.kind, num_parcels, num_patches, ratio, generator, present)
+            rows_present = present_rows(present[None], self._groups)[0] > 0
+            mask = make_mask(self.masks.kind, len(rows_present), num_patches, ratio, generator, rows_present)
             kept = reader.kept(recording, start, contract.window_len)
             if not kept.all():
-                visible = ~mask.view(num_parcels, num_patches).numpy()
+                visible = ~parcel_mask(mask, num_parcels, self._groups).numpy()
                 refill_censored(windows[i].numpy(), visible, kept, self._mean_z)
             masks.append(mask)
             presents.append(present)
             kepts.append(torch.from_numpy(kept))
             if self.masks.num_decoded is not None:
-                scored = mask & present.repeat_interleave(num_patches)
+                scored = mask & rows_present.repeat_interleave(num_patches)
                 generator = mask_generator(self.seed, _DECODED, step, position)
                 decoded.append(sample_hidden(scored, min(self.masks.num_decoded, len(mask)), generator))
         return WindowBatch(
@@ -186,6 +193,7 @@ class WindowLoader:
             present=torch.stack(presents),
             ids_decoded=torch.stack(decoded) if decoded else None,
             kept=torch.stack(kepts),
+            groups=self._groups,
         )
 
     def windows(self, rows: np.ndarray) -> Tensor:

@@ -4,24 +4,42 @@ Sources: He et al. 2022 (MAE); Ortega Caro et al. 2024 (BrainLM, Sec. 3). The en
 decoder rebuilds hidden patches, either by self-attention over all tokens (``full``, the paper) or by attending from
 hidden positions to the encoder's output (``cross``, cheaper). Only hidden patches are trained and only they are read.
 
-Dimension letters: `B` windows, `P` parcels, `W` timepoints, `K` patches in time, `L` = P * K tokens (parcel-major),
-`V` visible tokens, `Q` decoded tokens, `D` width. Masks: True = hidden.
+A token is one patch in time of one parcel, or of a group of parcels (`brainlm.tokens`). Its position is given in mm and
+seconds, so that any parcels with coordinates, any number of patches and any TR can be fed.
+
+Dimension letters: `B` windows, `P` parcels, `W` timepoints, `R` rows (parcels or groups), `K` patches in time,
+`L` = R * K tokens (row-major), `V` visible tokens, `Q` decoded tokens, `v` values per token, `D` width.
+Masks: True = hidden.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from brainlm.config import Section
+from brainlm.embedding import Embedding
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
-from brainlm.layers import Attention, Block, TokenPosition, space_features, time_features
+from brainlm.layers import Attention, Block
+from brainlm.positions import TokenPosition
+from brainlm.tokens import (
+    TokenGrid,
+    check_sizes,
+    gather_tokens,
+    hidden_ids,
+    parcel_groups,
+    patch_features,
+    row_features,
+)
+from brainlm.windows import Windows
 
-ATTENTION_BLOCK = 256  # queries whose attention weights are in memory at a time
+if TYPE_CHECKING:
+    from brainlm.attention_maps import AttentionMap
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +59,8 @@ class ModelConfig(Section):
     """A learned code per parcel besides its coordinates; ties the weights to one atlas."""
     window_len: int = 200
     patch_len: int = 20
+    patch_parcels: int = 1
+    """Parcels in a token. Above 1, parcels that lie together share tokens, and nothing can be said of a single one."""
 
     def __post_init__(self) -> None:
         for name in (
@@ -54,6 +74,7 @@ class ModelConfig(Section):
             "decoder_depth",
             "window_len",
             "patch_len",
+            "patch_parcels",
         ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"model.{name}: expected at least 1, found {getattr(self, name)}")
@@ -91,10 +112,14 @@ class Encoded(NamedTuple):
     latent: Tensor
     ids_keep: Tensor
     valid: Tensor | None
+    grid: TokenGrid
 
 
 class BrainLM(nn.Module):
     """Masked autoencoder of brain activity.
+
+    Wherever a method takes ``windows``, these are `Windows`, or a tensor of values (B, P, W) in contract units, for
+    which `present_BP` and `kept_BW` may be given beside it.
 
     Parameters
     ----------
@@ -106,6 +131,7 @@ class BrainLM(nn.Module):
     space_features: Tensor
     time_features: Tensor
     usable: Tensor
+    groups: Tensor | None
 
     def __init__(self, config: ModelConfig, contract: InputContract) -> None:
         super().__init__()
@@ -113,15 +139,19 @@ class BrainLM(nn.Module):
         self.contract = contract.with_windows(config.window_len, config.patch_len)
         self.manifest: dict[str, Any] = {}
         self.weights_sha256 = ""
-        num_parcels = contract.atlas.num_parcels
-        embedded = num_parcels if config.parcel_embedding else None
-        centres = (torch.arange(config.num_patches) + 0.5) * config.patch_len * contract.tr_s
         coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
-        self.register_buffer("space_features", space_features(coords_mm), persistent=False)
-        self.register_buffer("time_features", time_features(centres), persistent=False)
+        groups = parcel_groups(coords_mm, config.patch_parcels) if config.patch_parcels > 1 else None
+        embedded = self.num_rows if config.parcel_embedding else None
+        times = patch_features(config.num_patches, config.patch_len, torch.tensor(contract.tr_s, device="cpu"))
+        self.register_buffer("groups", groups, persistent=False)
+        self.register_buffer("space_features", row_features(coords_mm, groups), persistent=False)
+        self.register_buffer("time_features", times, persistent=False)
         self.register_buffer("usable", torch.from_numpy(contract.usable), persistent=False)
 
-        self.patch_embed = nn.Linear(config.patch_len, config.width)
+        values_per_token = config.patch_parcels * config.patch_len
+        self.patch_embed = nn.Linear(values_per_token, config.width)
+        # In a group, a missing parcel enters as 0; this tells it from a measured 0.
+        self.presence_embed = nn.Linear(config.patch_parcels, config.width, bias=False) if groups is not None else None
         self.position = TokenPosition(config.width, embedded)
         self.cls_token = nn.Parameter(torch.zeros(config.width))
         self.encoder = nn.ModuleList(
@@ -138,7 +168,7 @@ class BrainLM(nn.Module):
             for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(config.decoder_width)
-        self.decoder_pred = nn.Linear(config.decoder_width, config.patch_len)
+        self.decoder_pred = nn.Linear(config.decoder_width, values_per_token)
         self.init_weights()
 
     # ------------------------------------------------------------------ set-up
@@ -148,7 +178,8 @@ class BrainLM(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight, generator=generator)
-                nn.init.zeros_(module.bias)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
             elif isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=0.25, generator=generator)
             elif isinstance(module, nn.LayerNorm):
@@ -165,11 +196,11 @@ class BrainLM(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02, generator=generator)
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> BrainLM:
+    def from_pretrained(cls, path_or_hub_id: str) -> BrainLM:
         """Load a portable checkpoint, in float32 and evaluation mode. See `brainlm.checkpoint.load_checkpoint`."""
         from brainlm.checkpoint import load_checkpoint
 
-        return load_checkpoint(folder)
+        return load_checkpoint(path_or_hub_id)
 
     @classmethod
     def untrained_like(cls, model: BrainLM, seed: int) -> BrainLM:
@@ -183,80 +214,161 @@ class BrainLM(nn.Module):
         return self.contract.atlas.num_parcels
 
     @property
+    def num_rows(self) -> int:
+        """Rows of the token grid: parcels, or groups of parcels."""
+        return -(-self.num_parcels // self.config.patch_parcels)
+
+    @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
     # ------------------------------------------------------------------ tokens
 
-    def patchify(self, windows_BPW: Tensor) -> Tensor:
-        """Cut windows into patches: (B, P, W) -> (B, L, patch_len), parcel-major."""
-        B, P, W = windows_BPW.shape
-        if self.num_parcels != P or self.config.window_len != W:
-            raise DataError(
-                f"windows of {P} parcels x {W} timepoints, expected {self.num_parcels} x {self.config.window_len}"
+    def token_grid(
+        self, windows: Windows | Tensor, present_BP: Tensor | None = None, kept_BW: Tensor | None = None
+    ) -> TokenGrid:
+        """Say where the tokens of these windows are, and which of them carry signal.
+
+        Raises
+        ------
+        DataError
+            If the windows do not have the contract's parcels and bring no coordinates, or are not whole patches.
+        ConfigError
+            If they bring coordinates and the weights are tied to one atlas by a learned code per parcel.
+        """
+        if isinstance(windows, Tensor):
+            windows = Windows.of(windows, present_BP, kept_BW)
+        elif present_BP is not None or kept_BW is not None:
+            raise ConfigError("present and kept are part of Windows: give them there")
+        config = self.config
+        check_sizes(windows, config.patch_len)
+        groups, space = self.groups, self.space_features
+        if windows.coords_mm is None:
+            P, W = windows.values.shape[1:]
+            if self.num_parcels != P:
+                raise DataError(
+                    f"windows of {P} parcels x {W} timepoints, expected {self.num_parcels} x {config.window_len}: "
+                    "other parcels need their coordinates (Windows.coords_mm)"
+                )
+            if not bool(self.usable.all()):
+                windows = windows.with_present(windows.present & self.usable)
+        else:
+            groups, space = self._other_parcels(windows.coords_mm)
+        num_patches = windows.values.shape[2] // config.patch_len
+        if windows.tr_s is not None:
+            time = patch_features(num_patches, config.patch_len, windows.tr_s)
+        elif num_patches == config.num_patches:
+            time = self.time_features
+        else:
+            tr_s = torch.tensor(self.contract.tr_s, device=windows.values.device)
+            time = patch_features(num_patches, config.patch_len, tr_s)
+        return TokenGrid(windows=windows, space=space, time=time, patch_len=config.patch_len, groups=groups)
+
+    def _other_parcels(self, coords_mm: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return groups and space features of parcels with coordinates of their own."""
+        if self.config.parcel_embedding:
+            raise ConfigError(
+                "windows with coordinates of their own, but these weights hold a learned code for each parcel of "
+                f"{self.contract.atlas.name}: a model that is to read other parcels is trained with "
+                "model.parcel_embedding=false"
             )
-        return windows_BPW.reshape(B, P * self.config.num_patches, self.config.patch_len)
+        groups = None
+        if self.groups is not None:
+            if coords_mm.ndim == 3:
+                if not bool((coords_mm == coords_mm[:1]).all()):
+                    raise ConfigError("a grouped model takes windows of one atlas in a batch: feed each by itself")
+                coords_mm = coords_mm[0]
+            groups = parcel_groups(coords_mm, self.config.patch_parcels)
+        return groups, row_features(coords_mm, groups)
 
-    def unpatchify(self, patches_BLp: Tensor) -> Tensor:
-        """Undo `patchify`."""
-        return patches_BLp.reshape(patches_BLp.shape[0], self.num_parcels, self.config.window_len)
+    def patchify(self, windows: Windows | Tensor) -> Tensor:
+        """Cut windows into patches: (B, P, W) -> (B, L, v), row-major."""
+        grid = self.token_grid(windows)
+        return grid.patchify(grid.windows.values)
 
-    def present_tokens(self, present_BP: Tensor | None, num_windows: int) -> Tensor:
-        """Return (B, L): False for tokens of parcels that carry no signal here or in the contract."""
-        here = self.usable[None].expand(num_windows, -1) if present_BP is None else present_BP & self.usable
-        return here.repeat_interleave(self.config.num_patches, dim=1)
+    def unpatchify(self, patches_BLv: Tensor) -> Tensor:
+        """Undo `patchify` for windows of the contract's parcels."""
+        num_windows, num_tokens = patches_BLv.shape[:2]
+        size = (num_windows, self.num_parcels, num_tokens // self.num_rows * self.config.patch_len)
+        return self.token_grid(patches_BLv.new_zeros(size)).unpatchify(patches_BLv)
+
+    def hidden_values(self, mask_BL: Tensor) -> Tensor:
+        """Return (B, P, W), bool: the values that lie in masked tokens."""
+        values_per_token = self.config.patch_parcels * self.config.patch_len
+        return self.unpatchify(mask_BL[:, :, None].expand(-1, -1, values_per_token))
 
     # ------------------------------------------------------------------ encoder and decoder
 
-    def encode(self, windows_BPW: Tensor, mask_BL: Tensor, present_BP: Tensor | None = None) -> Encoded:
-        """Encode the visible tokens of present parcels. Hidden values are never looked at."""
-        mask_BL = mask_BL | ~self.present_tokens(present_BP, len(windows_BPW))
-        x_BVD, ids_keep, valid = self._embed_visible(windows_BPW, mask_BL)
+    def encode(
+        self,
+        windows: Windows | Tensor,
+        mask_BL: Tensor,
+        present_BP: Tensor | None = None,
+        kept_BW: Tensor | None = None,
+    ) -> Encoded:
+        """Encode the visible tokens of present parcels that were measured. Hidden values are never looked at."""
+        return self._encode(self.token_grid(windows, present_BP, kept_BW), mask_BL)
+
+    def _encode(self, grid: TokenGrid, mask_BL: Tensor) -> Encoded:
+        x_BVD, ids_keep, valid = self.embed_visible(grid, mask_BL)
         for block in self.encoder:
             x_BVD = block(x_BVD, valid_BM=valid)
-        return Encoded(self.encoder_norm(x_BVD), ids_keep, valid)
+        return Encoded(self.encoder_norm(x_BVD), ids_keep, valid, grid)
 
-    def _embed_visible(self, windows_BPW: Tensor, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        num_visible = (~mask_BL).sum(dim=1)
+    def embed_visible(self, grid: TokenGrid, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return the encoder's input (B, 1 + V, D), the token numbers (B, V), and which are valid (None = all)."""
+        if mask_BL.shape != (len(grid.windows), grid.num_tokens):
+            size = (len(grid.windows), grid.num_tokens)
+            raise DataError(f"mask of shape {tuple(mask_BL.shape)}, these windows have tokens of shape {size}")
+        hidden_BL = mask_BL | ~grid.attendable
+        num_visible = (~hidden_BL).sum(dim=1)
         longest = int(num_visible.max())
-        if int(num_visible.min()) == 0:
+        if int(num_visible.min()) == 0 and bool((mask_BL | ~grid.present).all(dim=1).any()):
+            # Where all that is visible is censored, CLS stands alone: such a window must not end a training run.
             raise DataError("a window has no visible token: lower the mask ratio, or leave this recording out")
-        ids_keep = torch.argsort(mask_BL.to(torch.uint8), dim=1, stable=True)[:, :longest]  # (B, V), in token order
+        ids_keep = torch.argsort(hidden_BL.to(torch.uint8), dim=1, stable=True)[:, :longest]  # (B, V), in token order
         valid = None
         if int(num_visible.min()) != longest:  # unequal windows are padded with tokens that nothing attends to
-            valid = torch.arange(longest, device=mask_BL.device)[None] < num_visible[:, None]
+            valid = torch.arange(longest, device=hidden_BL.device)[None] < num_visible[:, None]
             valid = torch.cat([valid.new_ones(len(valid), 1), valid], dim=1)
         dtype = self.patch_embed.weight.dtype
-        patches_BVp = gather_tokens(self.patchify(windows_BPW), ids_keep).to(dtype)
+        patches_BVv = grid.patchify(grid.windows.values, ids_keep).to(dtype)
         if valid is not None:  # padding rows point at hidden tokens, whose values may be anything, NaN included
-            patches_BVp = patches_BVp.masked_fill(~valid[:, 1:, None], 0.0)
-        position_LD = self.position(self.space_features, self.time_features)
-        x_BVD = self.patch_embed(patches_BVp) + position_LD[ids_keep]
+            patches_BVv = patches_BVv.masked_fill(~valid[:, 1:, None], 0.0)
+        if self.presence_embed is not None:
+            presence = grid.presence(ids_keep)  # (B, V, g)
+            patches_BVv = patches_BVv.masked_fill(~presence.repeat_interleave(grid.patch_len, dim=2), 0.0)
+            x_BVD = self.patch_embed(patches_BVv) + self.presence_embed(presence.to(dtype))
+        else:
+            x_BVD = self.patch_embed(patches_BVv)
+        x_BVD = x_BVD + pick(self.position(grid.space, grid.time), ids_keep)
         cls_B1D = self.cls_token.to(dtype).expand(len(x_BVD), 1, -1)
         return torch.cat([cls_B1D, x_BVD], dim=1), ids_keep, valid
 
-    def _decoder_inputs(self, encoded: Encoded, ids_BQ: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Return decoder tokens, memory (None for ``full``) and which keys are valid."""
-        position_LD = self.decoder_position(self.space_features, self.time_features)
+    def decoder_inputs(self, encoded: Encoded, ids_BQ: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Return decoder tokens, memory (None for ``full``) and which keys are valid (None = all)."""
+        grid = encoded.grid
+        position = self.decoder_position(grid.space, grid.time)
         memory = self.decoder_embed(encoded.latent)
         cls_B1D, visible_BVD = memory[:, :1], memory[:, 1:]
         if self.config.decoder == "cross":
-            visible_BVD = visible_BVD + position_LD[encoded.ids_keep]
-            queries_BQD = self.mask_token + position_LD[ids_BQ]
+            visible_BVD = visible_BVD + pick(position, encoded.ids_keep)
+            queries_BQD = self.mask_token + pick(position, ids_BQ)
             return queries_BQD, torch.cat([cls_B1D, visible_BVD], dim=1), encoded.valid
-        B, L, D = len(memory), len(position_LD), self.config.decoder_width
+        B, L, D = len(memory), grid.num_tokens, self.config.decoder_width
         tokens_BLD = self.mask_token.expand(B, L, D).to(memory.dtype)
         if encoded.valid is not None:  # padding rows point at hidden tokens: leave these as they are
             old = gather_tokens(tokens_BLD, encoded.ids_keep)
             visible_BVD = torch.where(encoded.valid[:, 1:, None], visible_BVD, old)
         tokens_BLD = tokens_BLD.scatter(1, encoded.ids_keep[:, :, None].expand(-1, -1, D), visible_BVD)
-        return torch.cat([cls_B1D, tokens_BLD + position_LD], dim=1), None, None
+        valid = None
+        if not bool(grid.attendable.all()):
+            valid = torch.cat([grid.attendable.new_ones(B, 1), grid.attendable], dim=1)
+        return torch.cat([cls_B1D, tokens_BLD + position], dim=1), None, valid
 
-    def decode(self, encoded: Encoded, ids_BQ: Tensor, present_BL: Tensor | None = None) -> Tensor:
-        """Predict the patches at token numbers `ids_BQ`: shape (B, Q, patch_len), float32."""
-        x, memory, valid = self._decoder_inputs(encoded, ids_BQ)
-        if memory is None and present_BL is not None and not bool(present_BL.all()):
-            valid = torch.cat([present_BL.new_ones(len(present_BL), 1), present_BL], dim=1)
+    def decode(self, encoded: Encoded, ids_BQ: Tensor) -> Tensor:
+        """Predict the patches at token numbers `ids_BQ`: shape (B, Q, v), float32."""
+        x, memory, valid = self.decoder_inputs(encoded, ids_BQ)
         for block in self.decoder:
             x = block(x, memory, valid)
         if memory is None:
@@ -265,7 +377,7 @@ class BrainLM(nn.Module):
 
     def forward(
         self,
-        windows_BPW: Tensor,
+        windows: Windows | Tensor,
         mask_BL: Tensor,
         present_BP: Tensor | None = None,
         ids_decoded: Tensor | None = None,
@@ -275,38 +387,57 @@ class BrainLM(nn.Module):
 
         Parameters
         ----------
-        windows_BPW : Tensor, shape (B, P, W), float32
+        windows : Windows, or Tensor of shape (B, P, W), float32
             Contract units.
         mask_BL : Tensor, shape (B, L), bool
             True = hidden.
         present_BP : Tensor, shape (B, P), bool, optional
             False = parcel without signal: neither seen nor scored.
         ids_decoded : Tensor, shape (B, Q), int64, optional
-            Hidden tokens to decode and score (see `sample_hidden`); None = all.
+            Hidden tokens to decode and score (see `brainlm.tokens.sample_hidden`); None = all.
         kept_BW : Tensor, shape (B, W), bool, optional
-            False = censored timepoint: hidden values there are not scored; None = all kept.
+            False = censored timepoint: hidden values there are not scored, and a patch without a kept one is not
+            seen; None = all kept.
         """
-        present_BL = self.present_tokens(present_BP, len(windows_BPW))
-        scored_BL = mask_BL & present_BL
-        encoded = self.encode(windows_BPW, mask_BL, present_BP)
+        grid = self.token_grid(windows, present_BP, kept_BW)
+        encoded = self._encode(grid, mask_BL)
         if ids_decoded is None:
-            ids_decoded = torch.argsort((~scored_BL).to(torch.uint8), dim=1, stable=True)
-            ids_decoded = ids_decoded[:, : int(scored_BL.sum(dim=1).max())]
-        prediction = self.decode(encoded, ids_decoded, present_BL)
-        target = gather_tokens(self.patchify(windows_BPW), ids_decoded).float()
-        scored_BQp = scored_BL.gather(1, ids_decoded)[:, :, None]  # (B, Q, 1), or by timepoint where some are censored
-        if kept_BW is not None:
-            kept_BKp = kept_BW.unflatten(1, (self.config.num_patches, self.config.patch_len))
-            scored_BQp = scored_BQp & gather_tokens(kept_BKp, ids_decoded % self.config.num_patches)
-        unscored_BQp = ~scored_BQp  # filled, not multiplied by 0: values of missing parcels may be NaN
-        error = (prediction - target).masked_fill(unscored_BQp, 0.0).square().sum(dim=2)
-        target_sum = target.masked_fill(unscored_BQp, 0.0).square().sum(dim=2).sum()
-        return Loss(error.sum(), target_sum, scored_BQp.expand_as(target).sum())
+            ids_decoded = hidden_ids(mask_BL & grid.present)
+        prediction = self.decode(encoded, ids_decoded)
+        target = grid.patchify(grid.windows.values, ids_decoded).float()
+        scored_BQv = grid.scored(mask_BL, ids_decoded)
+        unscored_BQv = ~scored_BQv  # filled, not multiplied by 0: values of missing parcels may be NaN
+        error = (prediction - target).masked_fill(unscored_BQv, 0.0).square().sum(dim=2)
+        target_sum = target.masked_fill(unscored_BQv, 0.0).square().sum(dim=2).sum()
+        return Loss(error.sum(), target_sum, scored_BQv.expand_as(target).sum())
 
     # ------------------------------------------------------------------ reading a trained model
 
+    def embed_windows(self, windows: Windows | Tensor) -> Embedding:
+        """Return the embedding of whole windows, nothing hidden; gradients flow.
+
+        Returns
+        -------
+        Embedding
+            ``cls (B, D)`` and ``pooled (B, D)``, the mean over the tokens of present parcels.
+        """
+        grid = self.token_grid(windows)
+        nothing = torch.zeros(len(grid.windows), grid.num_tokens, dtype=torch.bool, device=grid.windows.values.device)
+        encoded = self._encode(grid, nothing)
+        tokens = encoded.latent[:, 1:]
+        if encoded.valid is None:
+            return Embedding(encoded.latent[:, 0], tokens.mean(dim=1))
+        valid = encoded.valid[:, 1:, None]
+        return Embedding(encoded.latent[:, 0], tokens.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1))
+
     @torch.no_grad()
-    def reconstruct(self, windows_BPW: Tensor, mask_BL: Tensor, present_BP: Tensor | None = None) -> Tensor:
+    def reconstruct(
+        self,
+        windows: Windows | Tensor,
+        mask_BL: Tensor,
+        present_BP: Tensor | None = None,
+        kept_BW: Tensor | None = None,
+    ) -> Tensor:
         """Predict hidden values, in contract units.
 
         Returns
@@ -314,157 +445,49 @@ class BrainLM(nn.Module):
         Tensor, shape (B, P, W), float32
             NaN wherever a value was visible or its parcel is missing: those outputs are not trained.
         """
-        present_BL = self.present_tokens(present_BP, len(windows_BPW))
-        wanted_BL = mask_BL & present_BL
-        encoded = self.encode(windows_BPW, mask_BL, present_BP)
-        ids = torch.argsort((~wanted_BL).to(torch.uint8), dim=1, stable=True)[:, : int(wanted_BL.sum(dim=1).max())]
-        prediction = self.decode(encoded, ids, present_BL)
-        out = prediction.new_full((*mask_BL.shape, self.config.patch_len), float("nan"))
+        grid = self.token_grid(windows, present_BP, kept_BW)
+        encoded = self._encode(grid, mask_BL)
+        wanted_BL = mask_BL & grid.present
+        ids = hidden_ids(wanted_BL)
+        prediction = self.decode(encoded, ids)
+        out = prediction.new_full((*mask_BL.shape, prediction.shape[2]), float("nan"))
         prediction = prediction.masked_fill(~wanted_BL.gather(1, ids)[:, :, None], float("nan"))
         out.scatter_(1, ids[:, :, None].expand_as(prediction), prediction)
-        return self.unpatchify(out)
+        return grid.unpatchify(out).masked_fill(~grid.windows.present[:, :, None], float("nan"))
 
-    @torch.no_grad()
     def attention(
         self,
-        windows_BPW: Tensor,
+        windows: Windows | Tensor,
         mask_BL: Tensor | None = None,
         present_BP: Tensor | None = None,
         *,
         part: Literal["encoder", "decoder"] = "encoder",
-        layer: int = -1,
+        layers: Sequence[int] = (-1,),
+        heads: Sequence[int] | None = None,
         queries: slice | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Recompute attention weights of one layer from q and k; the fast path stays as it is.
+    ) -> list[AttentionMap]:
+        """Recompute attention weights of chosen layers, heads and queries. See `brainlm.attention_maps`."""
+        from brainlm.attention_maps import attention_maps
 
-        Parameters
-        ----------
-        mask_BL : Tensor or None
-            None = nothing hidden, which only the encoder can answer.
-        part, layer
-            Encoder layers attend among CLS and visible tokens. Decoder layers attend from hidden tokens to CLS and
-            visible ones (``cross``) or among CLS and all tokens (``full``).
-        queries : slice, optional
-            Rows wanted, for large models; None = all.
-
-        Returns
-        -------
-        weights : Tensor, shape (B, H, N, M), float32
-            Rows sum to 1 over the keys that are valid.
-        query_ids, key_ids : Tensor, shapes (B, N) and (B, M), int64
-            Token number of each row and column; -1 = CLS, -2 = padding.
-        """
-        x, memory, valid, query_ids, key_ids, block = self._attention_inputs(
-            windows_BPW, mask_BL, present_BP, part, layer
+        return attention_maps(
+            self, windows, mask_BL, present_BP, part=part, layers=layers, heads=heads, queries=queries
         )
-        rows = slice(None) if queries is None else queries
-        q_in, k_in = block.attention_inputs(x, memory)
-        return block.attention.attention_weights(q_in[:, rows], k_in, valid), query_ids[:, rows], key_ids
 
-    @torch.no_grad()
     def parcel_attention(
         self,
-        windows_BPW: Tensor,
+        windows: Windows | Tensor,
         mask_BL: Tensor | None = None,
         present_BP: Tensor | None = None,
         *,
         part: Literal["encoder", "decoder"] = "encoder",
         layer: int = -1,
     ) -> Tensor:
-        """Return attention from parcel to parcel: summed over key tokens, averaged over query tokens and heads.
+        """Return attention from parcel to parcel, (B, P, P). See `brainlm.attention_maps`."""
+        from brainlm.attention_maps import parcel_attention
 
-        Computed in blocks of queries, so memory does not grow with the square of the tokens. CLS is left out.
-
-        Returns
-        -------
-        Tensor, shape (B, P, P), float32
-            Row p: attention of parcel p's tokens to every parcel. NaN where parcel p had no query token.
-        """
-        x, memory, valid, query_ids, key_ids, block = self._attention_inputs(
-            windows_BPW, mask_BL, present_BP, part, layer
-        )
-        q_in, k_in = block.attention_inputs(x, memory)
-        B, P, K = len(windows_BPW), self.num_parcels, self.config.num_patches
-        device = q_in.device
-        # The last row and column of the sums collect CLS and padding and are dropped.
-        key_parcel = torch.where(key_ids >= 0, key_ids // K, P)
-        query_parcel = torch.where(query_ids >= 0, query_ids // K, P)
-        total = torch.zeros(B, P + 1, P + 1, device=device)
-        for start in range(0, q_in.shape[1], ATTENTION_BLOCK):
-            rows = slice(start, start + ATTENTION_BLOCK)
-            weights = block.attention.attention_weights(q_in[:, rows], k_in, valid).mean(dim=1)  # (B, n, M)
-            by_key = torch.zeros(B, weights.shape[1], P + 1, device=device)
-            by_key.scatter_add_(2, key_parcel[:, None, :].expand_as(weights), weights)
-            total.scatter_add_(1, query_parcel[:, rows, None].expand_as(by_key), by_key)
-        counts = torch.zeros(B, P + 1, device=device)
-        counts.scatter_add_(1, query_parcel, torch.ones_like(query_parcel, dtype=torch.float32))
-        return total[:, :P, :P] / counts[:, :P, None].masked_fill(counts[:, :P, None] == 0, float("nan"))
-
-    def _attention_inputs(
-        self, windows_BPW: Tensor, mask_BL: Tensor | None, present_BP: Tensor | None, part: str, layer: int
-    ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor, Tensor, Block]:
-        if part not in ("encoder", "decoder"):
-            raise ConfigError(f"part: expected encoder or decoder, found {part!r}")
-        if mask_BL is None and part == "decoder":
-            raise DataError("decoder attention needs a mask: the decoder is only asked for hidden patches")
-        blocks = self.encoder if part == "encoder" else self.decoder
-        if not -len(blocks) <= layer < len(blocks):
-            raise ConfigError(f"layer {layer} asked for, the {part} has {len(blocks)}")
-        layer %= len(blocks)
-        B, L = len(windows_BPW), self.num_parcels * self.config.num_patches
-        present_BL = self.present_tokens(present_BP, B)
-        hidden_BL = ~present_BL if mask_BL is None else mask_BL | ~present_BL
-        if part == "encoder":
-            x, ids_keep, valid = self._embed_visible(windows_BPW, hidden_BL)
-            for block in blocks[:layer]:
-                x = block(x, valid_BM=valid)
-            ids = _with_cls(ids_keep, valid)
-            return x, None, valid, ids, ids, _block(blocks, layer)
-        assert mask_BL is not None
-        wanted_BL = mask_BL & present_BL
-        encoded = self.encode(windows_BPW, mask_BL, present_BP)
-        ids_hidden = torch.argsort((~wanted_BL).to(torch.uint8), dim=1, stable=True)[:, : int(wanted_BL.sum(1).max())]
-        x, memory, valid = self._decoder_inputs(encoded, ids_hidden)
-        if memory is None:
-            all_ids = torch.arange(L, device=x.device).expand(B, L)
-            query_ids = key_ids = _with_cls(all_ids, None)
-            if not bool(present_BL.all()):
-                valid = torch.cat([present_BL.new_ones(B, 1), present_BL], dim=1)
-        else:
-            query_ids = ids_hidden.masked_fill(~wanted_BL.gather(1, ids_hidden), -2)
-            key_ids = _with_cls(encoded.ids_keep, encoded.valid)
-        for block in blocks[:layer]:
-            x = block(x, memory, valid)
-        return x, memory, valid, query_ids, key_ids, _block(blocks, layer)
+        return parcel_attention(self, windows, mask_BL, present_BP, part=part, layer=layer)
 
 
-def _block(blocks: nn.ModuleList, layer: int) -> Block:
-    block = blocks[layer]
-    assert isinstance(block, Block)
-    return block
-
-
-def _with_cls(ids_BV: Tensor, valid: Tensor | None) -> Tensor:
-    """Put CLS (-1) before token numbers; padding becomes -2."""
-    if valid is not None:
-        ids_BV = ids_BV.masked_fill(~valid[:, 1:], -2)
-    return torch.cat([ids_BV.new_full((len(ids_BV), 1), -1), ids_BV], dim=1)
-
-
-def gather_tokens(x_BLD: Tensor, ids_BN: Tensor) -> Tensor:
-    """Pick tokens by number: (B, L, D) and (B, N) -> (B, N, D)."""
-    return x_BLD.gather(1, ids_BN[:, :, None].expand(-1, -1, x_BLD.shape[2]))
-
-
-def sample_hidden(scored_L: Tensor, num_decoded: int, generator: torch.Generator) -> Tensor:
-    """Draw which hidden tokens of one window are decoded, without replacement.
-
-    Returns shape (num_decoded,), int64. Where fewer tokens are scored, the rest are tokens that are not scored: the
-    loss leaves them out.
-    """
-    scored = torch.nonzero(scored_L)[:, 0]
-    picked = scored[torch.randperm(len(scored), generator=generator)[:num_decoded]]
-    if len(picked) < num_decoded:
-        others = torch.nonzero(~scored_L)[:, 0]
-        picked = torch.cat([picked, others[: num_decoded - len(picked)]])
-    return picked
+def pick(position: Tensor, ids_BN: Tensor) -> Tensor:
+    """Pick codes (L, D), or (B, L, D) where windows differ, by token number: (B, N, D)."""
+    return position[ids_BN] if position.ndim == 2 else gather_tokens(position, ids_BN)

@@ -17,6 +17,7 @@ from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
 from brainlm.scaling import scale
 from brainlm.shards import SplitReader
+from brainlm.tokens import parcel_groups, parcel_mask, present_rows
 from train.engine import Engine
 from train.settings import ValidationSettings
 
@@ -32,10 +33,14 @@ class HeldOut:
         Validation recordings; the first `max_recordings` are used.
     """
 
-    def __init__(self, reader: SplitReader, contract: InputContract, settings: ValidationSettings) -> None:
+    def __init__(
+        self, reader: SplitReader, contract: InputContract, settings: ValidationSettings, patch_parcels: int = 1
+    ) -> None:
         self.windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
         self.kept: list[torch.Tensor] = []
         num_patches = contract.window_len // contract.patch_len
+        coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
+        groups = parcel_groups(coords_mm, patch_parcels) if patch_parcels > 1 else None
         # In contract units the recording's own mean is not 0 but -median / IQR.
         zero = -contract.median / np.where(contract.usable, contract.iqr, 1.0)
         recording_mean = np.where(contract.usable, zero, 0.0).astype(np.float32)
@@ -51,11 +56,12 @@ class HeldOut:
             for start in even_starts(entry.num_timepoints, contract.window_len, settings.windows_per_recording):
                 window = scale(series[start : start + contract.window_len], contract).T.copy()
                 kept = kept_T[start : start + contract.window_len]
+                rows_present = present_rows(present[None], groups)[0] > 0
                 mask = make_mask(
-                    "random", len(present), num_patches, settings.mask_ratio,
-                    mask_generator(_SEED, entry.recording_id, start), present,
+                    "random", len(rows_present), num_patches, settings.mask_ratio,
+                    mask_generator(_SEED, entry.recording_id, start), rows_present,
                 )  # fmt: skip
-                refill_censored(window, ~mask.view(len(present), num_patches).numpy(), kept, recording_mean)
+                refill_censored(window, ~parcel_mask(mask, len(present), groups).numpy(), kept, recording_mean)
                 self.kept.append(torch.from_numpy(kept))
                 self.windows.append((torch.from_numpy(window), mask, present, torch.from_numpy(sd.astype(np.float32))))
 
@@ -78,17 +84,19 @@ class HeldOut:
         own_kept = self.kept[engine.world.rank :: engine.world.size]
         rounds = math.ceil(len(self.windows) / engine.world.size)  # partitioned weights need every rank in every round
         for number in range(rounds):
-            window, mask, present, sd = own[number] if number < len(own) else self.windows[0]
-            batch = [tensor[None].to(engine.device) for tensor in (window, mask, present)]
+            mine = number < len(own)
+            window, mask, present, sd = own[number] if mine else self.windows[0]
+            kept = own_kept[number] if mine else self.kept[0]
+            batch = [tensor[None].to(engine.device) for tensor in (window, mask, present, kept)]
             with engine.whole_tokens():
                 predicted = model.reconstruct(*batch)[0].cpu()
-            if number >= len(own):
+            if not mine:
                 continue
-            hidden = mask.view(len(present), -1).repeat_interleave(model.config.patch_len, dim=1)
+            hidden = model.hidden_values(mask[None].to(engine.device))[0].cpu()
             answered = hidden & (present & (sd > 0))[:, None]
             if not bool(predicted[answered].isfinite().all()):  # also where the truth is censored
                 sums[0] = math.nan
-            scored = answered & own_kept[number]
+            scored = answered & kept
             error = (predicted - window)[scored].double()
             truth = (window - self.recording_mean[:, None])[scored].double()
             unit = sd[:, None].expand_as(window)[scored].double()

@@ -50,7 +50,7 @@ def train(
         for ratio in settings.masks.ratios
     }
     mean_flops = sum(flops.values()) / len(flops)
-    tokens_per_window = engine.model.num_parcels * model_config.num_patches
+    tokens_per_window = engine.model.num_rows * model_config.num_patches
     peak = peak_flops()
     since = _Since()
     engine.model.train()

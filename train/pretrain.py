@@ -78,17 +78,19 @@ def plan(settings: PretrainSettings, world: World) -> str:
     else:
         contract = dataset.contract
         data = f"{dataset.name}, content {dataset.content_hash[:12]}"
-    model = BrainLM(config, contract)
-    tokens = model.num_parcels * config.num_patches
+    with torch.device("meta"):  # sizes alone, whatever they are
+        model = BrainLM(config, contract)
+    tokens = model.num_rows * config.num_patches
     batch = settings.data.batch_size
     ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
     flops = 3 * flops_per_window(config, model.num_parcels, ratio, settings.masks.num_decoded)
     parameters = model.num_parameters
+    grid = f"{model.num_parcels} parcels in {model.num_rows} rows x {config.num_patches} patches"
     lines = [
         to_yaml(settings).rstrip(),
         "",
         f"parameters            {parameters:,}",
-        f"tokens per window     {tokens:,} ({model.num_parcels} parcels x {config.num_patches} patches)",
+        f"tokens per window     {tokens:,} ({grid})",
         f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
         f"windows in the run    {settings.run.steps * batch:,}",
@@ -149,8 +151,9 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         rank=world.rank,
         world_size=world.size,
         micro_batches=micro_batches(settings, world.size),
+        patch_parcels=model.config.patch_parcels,
     )
-    held_out = HeldOut(validation, contract, settings.validation)
+    held_out = HeldOut(validation, contract, settings.validation, model.config.patch_parcels)
     logger.info(
         "%s parameters; %d recordings to train on, %d windows to validate on; %d steps of %d windows on %d rank(s)",
         f"{model.num_parameters:,}", len(reader), len(held_out.windows), settings.run.steps,

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
-from brainlm.layers import Attention, time_features
+from brainlm.layers import Attention
 from brainlm.masking import make_mask, mask_generator
-from brainlm.model import BrainLM, Encoded, Loss, ModelConfig, gather_tokens, sample_hidden
+from brainlm.model import BrainLM, Encoded, Loss, ModelConfig
+from brainlm.positions import time_features
+from brainlm.tokens import gather_tokens, sample_hidden
 
 B, P, W, PATCH = 3, 6, 20, 5
 K = W // PATCH
@@ -107,10 +109,13 @@ def test_patches_are_parcel_major_and_come_back(contract: InputContract) -> None
     assert torch.equal(model.unpatchify(patches), windows)
 
 
-@pytest.mark.parametrize("shape", [(B, P + 1, W), (B, P, W + PATCH)])
-def test_windows_of_another_size_are_refused(contract: InputContract, shape: tuple[int, ...]) -> None:
-    with pytest.raises(DataError, match=f"windows of {shape[1]} parcels x {shape[2]} timepoints, expected 6 x 20"):
-        build(contract).patchify(torch.zeros(shape))
+def test_windows_of_another_size_are_refused(contract: InputContract) -> None:
+    with pytest.raises(DataError, match="windows of 7 parcels x 20 timepoints, expected 6 x 20: other parcels need"):
+        build(contract).patchify(torch.zeros(B, P + 1, W))
+    with pytest.raises(DataError, match="windows of 21 timepoints: expected a multiple of the patch length 5"):
+        build(contract).patchify(torch.zeros(B, P, W + 1))
+    with pytest.raises(DataError, match=r"mask of shape \(3, 23\), these windows have tokens of shape \(3, 24\)"):
+        build(contract).encode(torch.zeros(B, P, W), torch.zeros(B, L - 1, dtype=torch.bool))
 
 
 def test_patches_lie_at_their_centres_in_seconds(contract: InputContract) -> None:
@@ -310,10 +315,9 @@ def test_decoding_some_tokens_gives_the_same_as_decoding_all(
 ) -> None:
     model, mask = build(contract, decoder), mask_of(present=present)
     encoded = model.encode(windows, mask, present)
-    present_BL = model.present_tokens(present, B)
-    every = model.decode(encoded, torch.arange(L).expand(B, L), present_BL)
+    every = model.decode(encoded, torch.arange(L).expand(B, L))
     some = torch.tensor([[7, 0, 21], [3, 4, 5], [23, 1, 12]])
-    torch.testing.assert_close(model.decode(encoded, some, present_BL), gather_tokens(every, some))
+    torch.testing.assert_close(model.decode(encoded, some), gather_tokens(every, some))
 
 
 @both_decoders
@@ -322,7 +326,7 @@ def test_loss_of_some_tokens_counts_those_that_are_scored(
     contract: InputContract, windows: Tensor, decoder: Decoder, present: Tensor | None
 ) -> None:
     model, mask = build(contract, decoder), mask_of(present=present)
-    scored = mask & model.present_tokens(present, B)
+    scored = mask & model.token_grid(windows, present).present
     ids = torch.stack([sample_hidden(scored[i], 5, mask_generator(0, i)) for i in range(B)])
     ids = torch.cat([ids, torch.argsort(scored.int(), dim=1)[:, :2]], dim=1)  # two that are not scored
     loss = model(windows, mask, present, ids)
@@ -486,7 +490,7 @@ def test_attention_is_the_softmax_that_the_model_used(
     contract: InputContract, windows: Tensor, decoder: Decoder, present: Tensor | None, part: Any, layer: int
 ) -> None:
     model, mask = build(contract, decoder), mask_of(present=present)
-    weights, query_ids, key_ids = model.attention(windows, mask, present, part=part, layer=layer)
+    weights, query_ids, key_ids = model.attention(windows, mask, present, part=part, layers=[layer])[0]
     attention = getattr(model, part)[layer].attention
     x, memory, valid = watched_inputs(attention, lambda: model.reconstruct(windows, mask, present))
     heads, width = attention.num_heads, attention.query.out_features
@@ -506,9 +510,9 @@ def test_attention_says_which_token_each_row_and_column_is(
 ) -> None:
     model, mask = build(contract, decoder), mask_of(present=PRESENT)
     here = PRESENT.repeat_interleave(K, dim=1)
-    _, queries, keys = model.attention(windows, mask, PRESENT)
+    _, queries, keys = model.attention(windows, mask, PRESENT)[0]
     assert torch.equal(queries, keys)
-    _, hidden, memory = model.attention(windows, mask, PRESENT, part="decoder")
+    _, hidden, memory = model.attention(windows, mask, PRESENT, part="decoder")[0]
     for i in range(B):
         visible = torch.nonzero(~mask[i] & here[i])[:, 0].tolist()
         padding = [-2] * (keys.shape[1] - 1 - len(visible))
@@ -527,7 +531,7 @@ def test_padding_and_missing_parcels_are_not_attended_to(
     contract: InputContract, windows: Tensor, decoder: Decoder, part: Any
 ) -> None:
     mask = mask_of(present=PRESENT)
-    weights, _, key_ids = build(contract, decoder).attention(windows, mask, PRESENT, part=part)
+    weights, _, key_ids = build(contract, decoder).attention(windows, mask, PRESENT, part=part)[0]
     absent = ~PRESENT.repeat_interleave(K, dim=1)
     ignored = (key_ids == -2) | ((key_ids >= 0) & absent.gather(1, key_ids.clamp(min=0)))
     assert ignored.any()
@@ -536,9 +540,9 @@ def test_padding_and_missing_parcels_are_not_attended_to(
 
 def test_attention_of_some_queries_is_those_rows(contract: InputContract, windows: Tensor) -> None:
     model = build(contract)
-    weights, query_ids, key_ids = model.attention(windows)  # nothing hidden
+    weights, query_ids, key_ids = model.attention(windows)[0]  # nothing hidden
     assert weights.shape == (B, 2, 1 + L, 1 + L)
-    some, some_ids, same_keys = model.attention(windows, queries=slice(3, 8))
+    some, some_ids, same_keys = model.attention(windows, queries=slice(3, 8))[0]
     torch.testing.assert_close(some, weights[:, :, 3:8])
     assert torch.equal(some_ids, query_ids[:, 3:8])
     assert torch.equal(same_keys, key_ids)
@@ -555,11 +559,11 @@ def test_parcel_attention_is_attention_summed_over_keys_and_averaged_over_querie
     part: Any,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("brainlm.model.ATTENTION_BLOCK", 5)  # several blocks of queries
+    monkeypatch.setattr("brainlm.attention_maps.QUERY_BLOCK", 5)  # several blocks of queries
     model, mask = build(contract, decoder), mask_of(present=present)
     mask.view(B, P, K)[0, 3] = part == "encoder"  # a parcel without query tokens
     found = model.parcel_attention(windows, mask, present, part=part)
-    weights, query_ids, key_ids = model.attention(windows, mask, present, part=part)
+    weights, query_ids, key_ids = model.attention(windows, mask, present, part=part)[0]
     expected = torch.full((B, P, P), float("nan"))
     for i in range(B):
         for to in range(P):
@@ -578,7 +582,7 @@ def test_attention_that_does_not_exist_is_refused(contract: InputContract, windo
         model.attention(windows, part="decoder")
     for layer in (2, -3):
         with pytest.raises(ConfigError, match=f"layer {layer} asked for, the encoder has 2"):
-            model.attention(windows, layer=layer)
+            model.attention(windows, layers=[layer])
 
 
 # ---------------------------------------------------------------------- sizes

@@ -14,9 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from brainlm.errors import ConfigError
 from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
-from brainlm.model import BrainLM, ModelConfig, sample_hidden
-from brainlm.presets import PRESETS, flops_per_window, preset
+from brainlm.model import BrainLM, ModelConfig
+from brainlm.presets import LADDER, PRESETS, flops_per_window, num_parameters, preset
 from brainlm.testing import synthetic_atlas
+from brainlm.tokens import sample_hidden
 
 PAPER_PARCELS = 424
 
@@ -54,11 +55,38 @@ def parameters(width: int, depth: int, mlp_width: int, decoder_depth: int, decod
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [("tiny", parameters(64, 1, 128, 1, 3)), ("13m", parameters(512, 4, 1024, 2, 2))]
+    ("name", "expected"),
+    [
+        ("tiny", parameters(64, 1, 128, 1, 3)),
+        ("13m", parameters(512, 4, 1024, 2, 2)),
+        ("111m", parameters(960, 10, 1920, 5, 2)),
+    ],
 )
 def test_parameters_of_a_preset_are_the_ones_counted_by_hand(name: str, expected: int) -> None:
+    assert num_parameters(preset(name), PAPER_PARCELS) == expected
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("decoder", ["full", "cross"])
+def test_parameters_of_a_preset_are_those_of_the_module(name: str, decoder: Literal["full", "cross"]) -> None:
+    config = replace(preset(name), decoder=decoder)
+    contract = contract_of(PAPER_PARCELS, config)
+    with torch.device("meta"):
+        model = BrainLM(config, contract)
+    assert num_parameters(config, PAPER_PARCELS) == model.num_parameters
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_ladder_follows_its_rule(name: str) -> None:
     config = preset(name)
-    assert BrainLM(config, contract_of(PAPER_PARCELS, config)).num_parameters == expected
+    millions = int(name.removesuffix("m"))
+    assert num_parameters(config, PAPER_PARCELS) / 1e6 == pytest.approx(millions, rel=0.08)
+    assert config.mlp_width == 2 * config.width
+    assert config.num_heads == config.depth
+    assert config.decoder_depth == -(-config.depth // 2)
+    head_width = config.width // config.num_heads
+    assert 88 <= head_width <= 128
+    assert head_width % 8 == 0
 
 
 def test_the_13m_preset_has_the_size_of_the_published_one() -> None:
@@ -76,13 +104,13 @@ def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
 
 def counted(model: BrainLM, num_windows: int, num_decoded: int | None) -> int:
     """Operations of a forward pass, as torch counts them."""
-    num_parcels, config = model.num_parcels, model.config
+    config = model.config
     masks, ids = [], []
     for i in range(num_windows):
-        masks.append(make_mask("random", num_parcels, config.num_patches, 0.75, mask_generator(0, i)))
+        masks.append(make_mask("random", model.num_rows, config.num_patches, 0.75, mask_generator(0, i)))
         if num_decoded is not None:
             ids.append(sample_hidden(masks[-1], num_decoded, mask_generator(1, i)))
-    windows = torch.zeros(num_windows, num_parcels, config.window_len)
+    windows = torch.zeros(num_windows, model.num_parcels, config.window_len)
     # The fused kernel of a CPU is not among the operations that torch counts.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         model(windows, torch.stack(masks), None, torch.stack(ids) if ids else None)
@@ -91,7 +119,10 @@ def counted(model: BrainLM, num_windows: int, num_decoded: int | None) -> int:
 
 @pytest.mark.parametrize("decoder", ["cross", "full"])
 @pytest.mark.parametrize("num_decoded", [None, 7])
-def test_cost_of_a_window_is_what_torch_counts(decoder: Literal["cross", "full"], num_decoded: int | None) -> None:
+@pytest.mark.parametrize("patch_parcels", [1, 3])
+def test_cost_of_a_window_is_what_torch_counts(
+    decoder: Literal["cross", "full"], num_decoded: int | None, patch_parcels: int
+) -> None:
     config = replace(
         preset("tiny"),
         decoder=decoder,
@@ -101,6 +132,7 @@ def test_cost_of_a_window_is_what_torch_counts(decoder: Literal["cross", "full"]
         decoder_width=48,
         decoder_depth=2,
         window_len=80,
+        patch_parcels=patch_parcels,
     )
     model = BrainLM(config, contract_of(10, config))
     one_more_window = counted(model, 3, num_decoded) - counted(model, 2, num_decoded)  # positions are paid once a batch

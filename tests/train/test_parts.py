@@ -109,11 +109,11 @@ def test_validation_scores_the_recording_mean_as_zero_and_truth_as_one(
     held_out = HeldOut(dataset.split("val"), contract, ValidationSettings(mask_ratio=0.5))
     engine = OneRank(model)
 
-    def constant(windows: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    def constant(windows: torch.Tensor, mask: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         guess = torch.from_numpy(-contract.median / contract.iqr)[None, :, None].expand_as(windows)
         return torch.where(model.unpatchify(hidden(mask)), guess, torch.nan)
 
-    def truth(windows: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    def truth(windows: torch.Tensor, mask: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
         return torch.where(model.unpatchify(hidden(mask)), windows, torch.nan)
 
     def hidden(mask: torch.Tensor) -> torch.Tensor:
