@@ -84,6 +84,8 @@ class Cohort:
     window_len, patch_len : int
     subject_key : bytes
         Key of the hashes that stand for subjects in results.
+    patch_parcels : int
+        Parcels that share a token in the compared models: random masks hide such groups together, for all methods.
     """
 
     dataset: Dataset
@@ -92,6 +94,7 @@ class Cohort:
     window_len: int
     patch_len: int
     subject_key: bytes = b""
+    patch_parcels: int = 1
 
     @classmethod
     def of(cls, dataset: Dataset, split: Split = "test") -> Cohort:

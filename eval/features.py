@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from brainlm.censoring import refill_censored
 from brainlm.ordering import even_starts
 from brainlm.scaling import scale
-from eval.baselines.gaussian import random_mask
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
+from eval.masks import random_mask
 from eval.models import Network
 
 
@@ -116,7 +116,9 @@ def attention(
             refill_censored(window_z, ~mask.reshape(cohort.num_parcels, -1), kept[i], mean_z)
         present = np.repeat(scored_P[None], len(batch), axis=0)
         for part in parts:
-            for weights in network.parcel_attention(fed, masks, present, part, layer).astype(np.float64):
+            for weights in network.parcel_attention(
+                fed, masks, present, part, layer, kept[[i for i, _ in batch]]
+            ).astype(np.float64):
                 rows = np.isfinite(weights).all(axis=1) & scored_P
                 total[part][rows] += weights[rows]
                 counts[part] += rows

@@ -6,7 +6,7 @@ can look at what it is asked for. It answers in the same units.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -69,11 +69,12 @@ class Method(Protocol):
 
 
 class Network:
-    """A BrainLM as a `Method`, and as a source of attention."""
+    """A BrainLM, or a published model, as a `Method`, and as a source of attention."""
 
     def __init__(self, model: Any, device: str = "cpu") -> None:
         self.model = model.to(device)
         self.device = device
+        self._cohort: Cohort | None = None
 
     @property
     def contract(self) -> InputContract:
@@ -81,7 +82,23 @@ class Network:
         return contract
 
     def fit(self, cohort: Cohort) -> None:
-        """Nothing to learn: zero-shot."""
+        """Nothing to learn: zero-shot. The cohort knows which timepoints are kept."""
+        self._cohort = cohort
+
+    def _kept(self, refs: list[WindowRef], window_len: int) -> BoolArray:
+        if self._cohort is None:
+            return np.ones((len(refs), window_len), dtype=bool)
+        return np.stack([self._cohort.kept(ref) for ref in refs])
+
+    def _tokens(self, mask: BoolArray, present: BoolArray) -> BoolArray:
+        """Return a mask over single parcels as one over the tokens of the model."""
+        groups = getattr(self.model, "groups", None)
+        if groups is None:
+            return mask
+        B, P = present.shape
+        hidden = np.concatenate([mask.reshape(B, P, -1) | ~present[:, :, None], np.ones((B, 1, mask.shape[1] // P))], 1)
+        members = hidden.astype(bool)[:, groups.cpu().numpy()]  # (B, G, g, K); -1 picks the row that was added
+        return np.logical_and.reduce(members, axis=2).reshape(B, -1)
 
     def _tensors(self, *arrays: NDArray[Any]) -> list[Any]:
         import torch
@@ -94,35 +111,74 @@ class Network:
         import torch
 
         with torch.inference_mode():
-            out: NDArray[np.float32] = self.model.reconstruct(*self._tensors(windows_z, mask, present)).cpu().numpy()
+            kept = self._kept(refs, windows_z.shape[2])
+            tensors = self._tensors(windows_z, self._tokens(mask, present), present, kept)
+            out: NDArray[np.float32] = self.model.reconstruct(*tensors).cpu().numpy()
         return out
 
     def parcel_attention(
-        self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, part: str, layer: int
+        self,
+        windows_z: NDArray[np.float32],
+        mask: BoolArray,
+        present: BoolArray,
+        part: str,
+        layer: int,
+        kept: BoolArray | None = None,
     ) -> NDArray[np.float32]:
         """Return (B, P, P): row = attention of a parcel's tokens, NaN where it had none. See `brainlm.model`."""
         import torch
 
+        from brainlm.windows import Windows
+
+        if kept is None:
+            kept = np.ones((len(windows_z), windows_z.shape[2]), dtype=bool)
         with torch.inference_mode():
-            tensors = self._tensors(windows_z, mask, present)
-            weights = self.model.parcel_attention(*tensors, part=part, layer=layer)
+            values, hidden, here, kept_BW = self._tensors(windows_z, mask, present, kept)
+            weights = self.model.parcel_attention(Windows.of(values, here, kept_BW), hidden, part=part, layer=layer)
             out: NDArray[np.float32] = weights.cpu().numpy()
         return out
 
 
 def load_network(spec: MethodSpec, untrained_seed: int, device: str = "cpu") -> Network:
     """Load a checkpoint, or a network like it with fresh weights, as `spec.kind` says."""
+    model = open_model(spec.checkpoint)
+    if spec.kind == "untrained":
+        model = type(model).untrained_like(model, untrained_seed)
+    return Network(model, device)
+
+
+def open_model(folder: str) -> Any:
+    """Load a checkpoint of our own, or a published one that ``python -m brainlm.official`` has converted."""
+    from brainlm.checkpoint import CONFIG, MODEL_TYPE
+    from brainlm.model import BrainLM
+    from brainlm.published import PublishedModel
+
+    tree = Store(folder).read_json(CONFIG)
+    if isinstance(tree, dict) and tree.get("model_type") == MODEL_TYPE:
+        return BrainLM.from_pretrained(folder)
+    return PublishedModel.from_pretrained(folder)
+
+
+def why_not(model: Any) -> dict[str, str]:
+    """Say, task by task, why a model cannot be scored on it."""
     from brainlm.model import BrainLM
 
-    model = BrainLM.from_pretrained(spec.checkpoint)
-    if spec.kind == "untrained":
-        model = BrainLM.untrained_like(model, untrained_seed)
-    return Network(model, device)
+    if isinstance(model, BrainLM):
+        shared = model.config.patch_parcels
+        return {"networks": f"a token holds {shared} parcels: nothing is known of single ones"} if shared > 1 else {}
+    found = {"reconstruction": model.why_not("random"), "forecasting": model.why_not("future")}
+    found["networks"] = "published models are not asked for attention: their tokens are mixed by a convolution as well"
+    if model.config.family != "13M":
+        found["networks"] = "a token holds several parcels: nothing is known of single ones"
+    return {task: reason for task, reason in found.items() if reason}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CheckpointInfo:
-    """What is known of a checkpoint before any work is done. `name` is what tables call it."""
+    """What is known of a checkpoint before any work is done.
+
+    `name` is what tables call it; `refusals` says by task why it is not scored there.
+    """
 
     name: str
     folder: str
@@ -134,6 +190,9 @@ class CheckpointInfo:
     window_len: int
     patch_len: int
     num_seen_subjects: int = 0
+    patch_parcels: int = 1
+    refusals: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def newest_checkpoint(folder: str) -> str:
@@ -185,8 +244,9 @@ def describe_checkpoints(
     found: list[CheckpointInfo] = []
     for given in folders:
         folder = newest_checkpoint(given)
-        model = BrainLM.from_pretrained(folder)
-        seen = seen_subjects(folder, cohort_subjects)
+        model = open_model(folder)
+        ours = isinstance(model, BrainLM)
+        seen = seen_subjects(folder, cohort_subjects) if ours else set()
         if seen and not allow_seen:
             raise DataError(
                 f"{folder} was trained on {len(seen)} of the {len(set(cohort_subjects))} subjects to be scored: their "
@@ -205,6 +265,9 @@ def describe_checkpoints(
                 window_len=model.config.window_len,
                 patch_len=model.config.patch_len,
                 num_seen_subjects=len(seen),
+                patch_parcels=model.config.patch_parcels,
+                refusals=why_not(model),
+                notes=() if ours else model.contract.flags,
             )
         )
     names = [info.name for info in found]
@@ -215,11 +278,11 @@ def describe_checkpoints(
         found = [replace(info, name=f"{info.name} ({info.weights_sha256[:8]})") for info in found]
     if len({info.name for info in found}) < len(found):
         raise ConfigError("checkpoints: the same checkpoint is listed twice")
-    shapes = {(info.window_len, info.patch_len) for info in found}
+    shapes = {(info.window_len, info.patch_len, info.patch_parcels) for info in found}
     if len(shapes) > 1:
         raise ConfigError(
-            f"the checkpoints take windows and patches of different lengths, {sorted(shapes)}: their masks "
-            "cannot be the same, so evaluate them into separate results folders"
+            "the checkpoints differ in timepoints of a window, timepoints of a patch, or parcels of a token, "
+            f"{sorted(shapes)}: their masks cannot be the same, so evaluate them into separate results folders"
         )
     return found
 

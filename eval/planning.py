@@ -39,7 +39,7 @@ class Plan:
     settings : EvalSettings
     usable : tuple of bool
         Parcels that the data set and all checkpoints can use.
-    window_len, patch_len : int
+    window_len, patch_len, patch_parcels : int
     units : tuple of Unit
     skipped : mapping
         Task by name: why the data set does not allow it.
@@ -51,6 +51,7 @@ class Plan:
     usable: tuple[bool, ...]
     window_len: int
     patch_len: int
+    patch_parcels: int = 1
     units: tuple[Unit, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
@@ -69,6 +70,7 @@ class Plan:
             window_len=self.window_len,
             patch_len=self.patch_len,
             subject_key=key,
+            patch_parcels=self.patch_parcels,
         )
 
     def for_workers(self) -> Plan:
@@ -116,7 +118,7 @@ def make_plan(settings: EvalSettings) -> Plan:
         info.contract.check_fits(contract, ours=f"the checkpoint {info.folder}", theirs=f"the data set {dataset.name}")
         usable = usable & info.contract.usable
         differences = info.contract.adaptable_differences(contract)
-        notes = tuple(f"checkpoint against data set: {line}" for line in differences)
+        notes = info.notes + tuple(f"checkpoint against data set: {line}" for line in differences)
         if info.num_seen_subjects:
             notes += (f"trained on {info.num_seen_subjects} of the {len(set(subjects))} subjects scored here",)
         warnings += [f"{info.name}: {note}" for note in notes]
@@ -139,6 +141,7 @@ def make_plan(settings: EvalSettings) -> Plan:
         usable=tuple(bool(v) for v in usable),
         window_len=infos[0].window_len if infos else contract.window_len,
         patch_len=infos[0].patch_len if infos else contract.patch_len,
+        patch_parcels=infos[0].patch_parcels if infos else 1,
         checkpoints=tuple(infos),
     )
     cohort = plan.cohort()
@@ -154,7 +157,12 @@ def make_plan(settings: EvalSettings) -> Plan:
         if reason:
             skipped.append((name, reason))
             continue
-        specs = list(network_specs) + [control for spec in network_specs for control in task.controls(spec)]
+        refused = {info.folder: info.refusals[name] for info in infos if name in info.refusals}
+        warnings += [
+            f"{info.name} is not scored on {name}: {refused[info.folder]}" for info in infos if info.folder in refused
+        ]
+        networks = [spec for spec in network_specs if spec.checkpoint not in refused]
+        specs = networks + [control for spec in networks for control in task.controls(spec)]
         specs += task.baselines(cohort)
         if task.reference() and task.reference() not in [spec.name for spec in specs]:
             known = ", ".join(spec.name for spec in specs)
@@ -176,7 +184,7 @@ def unit_key(task: Task, spec: MethodSpec, plan: Plan) -> str:
             "data": plan.dataset.content_hash,
             "split": plan.settings.split,
             "usable": list(plan.usable),
-            "window": [plan.window_len, plan.patch_len],
+            "window": [plan.window_len, plan.patch_len, plan.patch_parcels],
             "method": [spec.name, spec.kind, spec.variant, spec.model_hash, spec.input_hash],
         }
     )

@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.input_contract import InputContract
-from brainlm.masking import make_mask, mask_generator
 from eval.baselines.simple import Baseline
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
+from eval.masks import random_mask
 from eval.models import Predictions
 from eval.scoring import predict_windows, window_sums
 
@@ -196,15 +196,3 @@ class Gaussian(Baseline):
                 if len(seen) and len(hidden):
                     filled[hidden, k] = conditional_weights(covariance, seen, hidden) @ x[seen, k]
         return filled
-
-
-def random_mask(cohort: Cohort, scored_P: BoolArray, mask_ratio: float, seed: int, ref: WindowRef) -> BoolArray:
-    """Return the mask (L,) of one window: a function of seed, recording id, start and ratio alone."""
-    import torch
-
-    generator = mask_generator(seed, ref.recording_id, ref.start, round(mask_ratio * 10_000))
-    present = torch.from_numpy(scored_P)
-    mask: BoolArray = make_mask(
-        "random", cohort.num_parcels, cohort.num_patches, mask_ratio, generator, present
-    ).numpy()
-    return mask

@@ -10,10 +10,11 @@ import pandas as pd
 
 from brainlm.config import Section, to_tree
 from brainlm.errors import ConfigError, DataError
-from eval.baselines.gaussian import Gaussian, random_mask
+from eval.baselines.gaussian import Gaussian
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Interpolation, Mean
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
+from eval.masks import random_mask
 from eval.models import Method, MethodSpec, load_network
 from eval.scoring import METRICS, SUMS, Centring, Scored, predict_windows, window_sums
 from eval.task import Grouping, Runtime, UnitOutput
