@@ -9,10 +9,11 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from brainlm.ordering import rank_part, window_order
 from brainlm.shards import SplitReader
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows, sample_hidden
 
+T = TypeVar("T")
 CLOSE_WITHIN_S = 1.0  # then a read that hangs is left behind, in a thread that does not keep the process alive
 _RATIO, _TOKENS, _DECODED = 1, 2, 3  # separate random streams
 
@@ -35,7 +37,8 @@ _RATIO, _TOKENS, _DECODED = 1, 2, 3  # separate random streams
 class MaskSettings(Section):
     """What is hidden in training."""
 
-    kind: MaskKind = "random"
+    kind: MaskKind | tuple[MaskKind, ...] = "random"
+    """One, or several, of which one is drawn per step: only what was hidden in training is answered well."""
     ratios: tuple[float, ...] = (0.75,)
     """One is drawn per step."""
     num_decoded: int | None = None
@@ -44,8 +47,14 @@ class MaskSettings(Section):
     def __post_init__(self) -> None:
         if not self.ratios or not all(0 < r < 1 for r in self.ratios):
             raise ConfigError(f"masks.ratios: expected fractions between 0 and 1, found {self.ratios}")
+        if not self.kinds:
+            raise ConfigError("masks.kind: expected at least one")
         if self.num_decoded is not None and self.num_decoded < 1:
             raise ConfigError(f"masks.num_decoded: expected at least 1, found {self.num_decoded}")
+
+    @property
+    def kinds(self) -> tuple[MaskKind, ...]:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind
 
 
 @dataclass(frozen=True)
@@ -158,14 +167,15 @@ class WindowLoader:
         mine = rank_part(rows, self.rank, self.world_size)
         first = self.rank * len(mine)
         share = len(mine) // self.micro_batches
-        ratios = self.masks.ratios
-        drawn = torch.randint(len(ratios), (), generator=mask_generator(self.seed, _RATIO, step)).item()
+        generator = mask_generator(self.seed, _RATIO, step)
+        ratio = _draw(self.masks.ratios, generator)
+        kind = _draw(self.masks.kinds, generator)
         return [
-            self._batch(step, first + i * share, mine[i * share : (i + 1) * share], ratios[int(drawn)])
+            self._batch(step, first + i * share, mine[i * share : (i + 1) * share], kind, ratio)
             for i in range(self.micro_batches)
         ]
 
-    def _batch(self, step: int, first: int, rows: np.ndarray, ratio: float) -> WindowBatch:
+    def _batch(self, step: int, first: int, rows: np.ndarray, kind: MaskKind, ratio: float) -> WindowBatch:
         contract, num_parcels, reader = self.contract, self.contract.atlas.num_parcels, self.reader
         num_patches = contract.window_len // contract.patch_len
         windows = self.windows(rows)
@@ -175,7 +185,7 @@ class WindowLoader:
             position = first + i  # in the global batch: the same for any number of ranks
             generator = mask_generator(self.seed, _TOKENS, step, position)
             rows_present = present_rows(present[None], self._groups)[0] > 0
-            mask = make_mask(self.masks.kind, len(rows_present), num_patches, ratio, generator, rows_present)
+            mask = make_mask(kind, len(rows_present), num_patches, ratio, generator, rows_present)
             kept = reader.kept(recording, start, contract.window_len)
             if not kept.all():
                 visible = ~parcel_mask(mask, num_parcels, self._groups).numpy()
@@ -244,3 +254,7 @@ class WindowLoader:
                 with suppress(queue.Empty):
                     ahead.get_nowait()
                 thread.join(timeout=0.01)
+
+
+def _draw(choices: Sequence[T], generator: torch.Generator) -> T:
+    return choices[int(torch.randint(len(choices), (), generator=generator))]

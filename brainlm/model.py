@@ -14,15 +14,16 @@ Masks: True = hidden.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainlm.config import Section
-from brainlm.embedding import Embedding
+from brainlm.embedding import Embedding, RecordingEmbedding, embed_recording
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.layers import Attention, Block
@@ -39,7 +40,12 @@ from brainlm.tokens import (
 from brainlm.windows import Windows
 
 if TYPE_CHECKING:
+    from brainlm.atlas import Atlas
     from brainlm.attention_maps import AttentionMap
+    from brainlm.forecast import Forecast
+    from brainlm.reading import Statistics
+    from brainlm.recording import Recording
+    from brainlm.train_subjects import TrainSubjects
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,6 +145,7 @@ class BrainLM(nn.Module):
         self.contract = contract.with_windows(config.window_len, config.patch_len)
         self.manifest: dict[str, Any] = {}
         self.weights_sha256 = ""
+        self.train_subjects: TrainSubjects | None = None
         coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
         groups = parcel_groups(coords_mm, config.patch_parcels) if config.patch_parcels > 1 else None
         embedded = self.num_rows if config.parcel_embedding else None
@@ -196,11 +203,17 @@ class BrainLM(nn.Module):
         nn.init.normal_(self.mask_token, std=0.02, generator=generator)
 
     @classmethod
-    def from_pretrained(cls, path_or_hub_id: str) -> BrainLM:
+    def from_pretrained(cls, path_or_hub_id: str, revision: str | None = None) -> BrainLM:
         """Load a portable checkpoint, in float32 and evaluation mode. See `brainlm.checkpoint.load_checkpoint`."""
         from brainlm.checkpoint import load_checkpoint
 
-        return load_checkpoint(path_or_hub_id)
+        return load_checkpoint(path_or_hub_id, revision)
+
+    def save_pretrained(self, folder: str, more_train_subjects: Iterable[str] = ()) -> str:
+        """Write a portable checkpoint and return the sha256 of its weights. See `brainlm.checkpoint`."""
+        from brainlm.checkpoint import save_pretrained
+
+        return save_pretrained(self, folder, more_train_subjects)
 
     @classmethod
     def untrained_like(cls, model: BrainLM, seed: int) -> BrainLM:
@@ -430,22 +443,97 @@ class BrainLM(nn.Module):
         valid = encoded.valid[:, 1:, None]
         return Embedding(encoded.latent[:, 0], tokens.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1))
 
+    def embed(
+        self,
+        recording: Recording | NDArray[Any],
+        *,
+        tr_s: float | None = None,
+        atlas: Atlas | None = None,
+        contract: InputContract | None = None,
+        statistics: Statistics = "contract",
+        native_tr: bool = False,
+        batch_size: int = 8,
+    ) -> RecordingEmbedding:
+        """Embed a recording, one row a window, nothing hidden. See `brainlm.embedding.embed_recording`."""
+        return embed_recording(
+            self,
+            recording,
+            tr_s=tr_s,
+            atlas=atlas,
+            contract=contract,
+            statistics=statistics,
+            native_tr=native_tr,
+            batch_size=batch_size,
+        )
+
+    def forecast(
+        self,
+        recording: Recording | NDArray[Any],
+        horizon_s: float,
+        *,
+        tr_s: float | None = None,
+        context_s: float | None = None,
+        atlas: Atlas | None = None,
+        contract: InputContract | None = None,
+        statistics: Statistics = "contract",
+        native_tr: bool = False,
+    ) -> Forecast:
+        """Forecast what follows a recording, in its own units. See `brainlm.forecast.forecast_recording`."""
+        from brainlm.forecast import forecast_recording
+
+        return forecast_recording(
+            self,
+            recording,
+            horizon_s,
+            tr_s=tr_s,
+            context_s=context_s,
+            atlas=atlas,
+            contract=contract,
+            statistics=statistics,
+            native_tr=native_tr,
+        )
+
     @torch.no_grad()
     def reconstruct(
         self,
-        windows: Windows | Tensor,
-        mask_BL: Tensor,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | None = None,
         present_BP: Tensor | None = None,
         kept_BW: Tensor | None = None,
+        *,
+        num_parts: int = 4,
+        seed: int = 0,
     ) -> Tensor:
         """Predict hidden values, in contract units.
+
+        Parameters
+        ----------
+        windows : Windows, or Tensor or ndarray of shape (B, P, W) or (P, W)
+            Contract units. Of a Tensor, what stands at visible censored timepoints is taken as it is. Of the others it
+            is replaced by what can be seen under the mask, and parcels with visible values that are not finite count
+            as missing.
+        mask_BL : Tensor, shape (B, L), or (L,) for one window, bool, optional
+            True = hidden. None: every value is rebuilt, a part of the tokens at a time, as `num_parts` and `seed` of
+            `brainlm.reconstruction.reconstruct_whole` say.
 
         Returns
         -------
         Tensor, shape (B, P, W), float32
             NaN wherever a value was visible or its parcel is missing: those outputs are not trained.
         """
-        grid = self.token_grid(windows, present_BP, kept_BW)
+        from brainlm.reconstruction import as_windows, reconstruct_whole, refilled
+
+        found = as_windows(windows, present_BP, kept_BW)
+        if not isinstance(windows, Tensor):
+            found = found.to(self.patch_embed.weight.device)
+        if mask_BL is None:
+            return reconstruct_whole(self, found, num_parts, seed)
+        mask_BL = mask_BL.to(found.values.device)
+        if mask_BL.ndim == 1 and len(found) == 1:
+            mask_BL = mask_BL[None]
+        if not isinstance(windows, Tensor):
+            found = refilled(self, found, mask_BL)
+        grid = self.token_grid(found)
         encoded = self._encode(grid, mask_BL)
         wanted_BL = mask_BL & grid.present
         ids = hidden_ids(wanted_BL)

@@ -198,13 +198,17 @@ class CheckpointInfo:
 def newest_checkpoint(folder: str) -> str:
     """Return `folder` if it is a checkpoint, else the newest complete one of the training run in it.
 
+    A checkpoint on the Hugging Face hub (``owner/name``, where no such local folder exists) is downloaded.
+
     Raises
     ------
     CheckpointError
         If there is none.
     """
-    from brainlm.checkpoint import CONFIG
+    from brainlm import hub
+    from brainlm.checkpoint import CONFIG, FILES
 
+    folder = hub.local_folder(folder, FILES) if hub.is_hub_id(folder) else folder
     store = Store(folder)
     if store.exists(CONFIG):  # written last: a folder that has one is complete
         return folder

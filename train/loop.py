@@ -110,7 +110,8 @@ def train(
             started = time.perf_counter()
             scores = held_out.score(engine)
             metrics |= scores
-            state.best_val_r2 = max(scores["val_r2"], state.best_val_r2 or -math.inf)
+            state.val_r2 = scores["val_r2"]
+            state.best_val_r2 = max(state.val_r2, -math.inf if state.best_val_r2 is None else state.best_val_r2)
             since.paused_s += time.perf_counter() - started
         if reporter is not None and metrics:  # rank zero
             reporter.log(state.step, metrics)

@@ -189,7 +189,12 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     if world.is_rank_zero:
         checkpoint = folder / "checkpoints" / f"step-{state.step}"
         subjects = sorted({entry.subject for entry in reader.entries})
-        manifest |= {"step": state.step, "windows_seen": state.windows_seen, "best_val_r2": state.best_val_r2}
+        manifest |= {
+            "step": state.step,
+            "windows_seen": state.windows_seen,
+            "val_r2": state.val_r2,
+            "best_val_r2": state.best_val_r2,
+        }
         sha256 = save_checkpoint(str(checkpoint), model, manifest, subjects, weights)
         done_text = json.dumps({"checkpoint": str(checkpoint), "weights_sha256": sha256, "step": state.step})
         (folder / f"{DONE}.tmp").write_text(done_text)

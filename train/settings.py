@@ -30,6 +30,7 @@ class ModelChoice(Section):
     parcel_embedding: bool | None = None
     window_len: int | None = None
     patch_len: int | None = None
+    patch_parcels: int | None = None
 
     @property
     def resolved(self) -> ModelConfig:

@@ -19,6 +19,8 @@ class TrainState:
     step: int = 0
     """Optimizer updates done."""
     windows_seen: int = 0
+    val_r2: float | None = None
+    """Of the newest validation; the last step always validates."""
     best_val_r2: float | None = None
     seconds_trained: float = 0.0
 
@@ -27,6 +29,7 @@ class TrainState:
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], where: str) -> TrainState:
+        tree = {"val_r2": None, **tree}  # snapshots of earlier versions did not keep it
         names = set(cls.__dataclass_fields__)
         if not names <= set(tree):
             raise CheckpointError(f"{where}: the snapshot lacks {', '.join(sorted(names - set(tree)))}")

@@ -16,6 +16,7 @@ from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError, DataError
 from brainlm.loader import MaskSettings, WindowBatch, WindowLoader
 from brainlm.masking import MaskKind
+from brainlm.model import BrainLM
 from brainlm.scaling import scale
 from brainlm.shards import StoredDtype
 from brainlm.testing import small_model, write_synthetic_dataset
@@ -220,6 +221,39 @@ def test_one_ratio_is_drawn_per_step_and_all_are_used(dataset: Dataset) -> None:
         assert max(ratios) - min(ratios) <= 0.02  # of 40 tokens and of 32
         seen.add(min((0.5, 0.75, 0.9), key=lambda r: abs(r - min(ratios))))
     assert seen == {0.5, 0.75, 0.9}
+
+
+def test_one_kind_of_mask_is_drawn_per_step_and_all_are_used(dataset: Dataset) -> None:
+    one = loader(dataset, MaskSettings(kind=("future", "parcels"), ratios=(0.5,)))
+    num_parcels = dataset.contract.atlas.num_parcels
+    seen = set()
+    for step in range(12):
+        ((batch,), (again,)) = one.batches_at(step), loader(dataset, one.masks).batches_at(step)
+        assert torch.equal(batch.mask, again.mask)
+        grid = batch.mask.view(BATCH, num_parcels, -1)
+        present = batch.present
+        whole_parcels = bool((grid == grid[:, :, :1]).all())
+        same_times = all(bool((grid[i][present[i]] == grid[i][present[i]][0]).all()) for i in range(BATCH))
+        assert whole_parcels != same_times
+        seen.add(whole_parcels)
+    assert seen == {True, False}
+    with pytest.raises(ConfigError, match=r"masks.kind: expected at least one"):
+        MaskSettings(kind=())
+
+
+def test_parcels_that_share_tokens_are_hidden_together_in_training(dataset: Dataset) -> None:
+    one = loader(dataset, MaskSettings(ratios=(0.5,), num_decoded=3), patch_parcels=4)
+    (batch,) = one.batches_at(0)
+    model = small_model(dataset.contract)
+    model = BrainLM(replace(model.config, patch_parcels=4), dataset.contract)
+    assert batch.mask.shape == (BATCH, model.num_rows * model.config.num_patches)
+    assert batch.groups is not None
+    assert model.groups is not None
+    assert torch.equal(batch.groups, model.groups)
+    loss = model(batch.windows, batch.mask, batch.present, batch.ids_decoded, batch.kept)
+    assert batch.num_scored_values == int(loss.num_values) > 0
+    whole = model(batch.windows, batch.mask, batch.present, None, batch.kept)
+    assert replace(batch, ids_decoded=None).num_scored_values == int(whole.num_values)
 
 
 def test_reading_ahead_gives_the_same_batches(dataset: Dataset) -> None:

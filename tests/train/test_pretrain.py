@@ -36,7 +36,7 @@ def test_a_run_leaves_every_file_that_is_promised(finished: Path) -> None:
     assert list(finished.glob("events.*"))
     assert sorted(p.name for p in (finished / "snapshots").glob("step-*")) == ["step-12", "step-8"]
     assert sorted(p.name for p in (finished / "checkpoints" / "step-12").iterdir()) == [
-        "config.json", "input_contract.json", "manifest.json", "model.safetensors", "train_subjects.json",
+        "README.md", "config.json", "input_contract.json", "manifest.json", "model.safetensors", "train_subjects.json",
     ]  # fmt: skip
 
 
