@@ -8,14 +8,19 @@ first preparation. A recording is centred per parcel (its own mean over kept tim
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.atlas import Atlas
 from brainlm.errors import CheckpointError, DataError
+
+if TYPE_CHECKING:
+    from brainlm.contract_distance import ContractDistance, Reconstructs
+    from brainlm.recording import Recording
 
 FORMAT_VERSION = 1
 FILE_NAME = "input_contract.json"
@@ -163,3 +168,14 @@ class InputContract:
 
     def dumps(self) -> str:
         return json.dumps(self.to_json(), indent=1) + "\n"
+
+
+def distance(model: Reconstructs, recordings: Iterable[Recording], **options: Any) -> ContractDistance:
+    """Say how far recordings are from what a model was fed: TR, filter, parcels, amplitude, and the gain it asks for.
+
+    `options` are those of `brainlm.contract_distance.measure_distance`, which needs torch. ``.summary()`` of what is
+    returned says it in sentences.
+    """
+    from brainlm.contract_distance import measure_distance
+
+    return measure_distance(model, recordings, **options)

@@ -1,35 +1,46 @@
-"""The published BrainLM checkpoints: load them, or convert them to safetensors.
+"""The published BrainLM checkpoints: load them, or convert them to safetensors and give them an input contract.
 
 ::
 
     python -m brainlm.official SRC DST
+    python -m brainlm.official SRC DST --contract DATASET [--gain G]
+    python -m brainlm.official SRC DST --contract DATASET --gain estimate [--data DATASET]
 
-copies a published folder (``config.json`` with ``pytorch_model.bin`` or ``model.safetensors``) as safetensors in the
-same layout, which `load_official` reads again. It does not convert into our own `BrainLM`, and nothing could: that is
-another architecture, whose layers, positions and tokens have no place for these weights.
+The first copies a published folder (``config.json`` with ``pytorch_model.bin`` or ``model.safetensors``) as
+safetensors in the same layout, which `load_official` reads again. With a contract, the folder also says what the model
+is fed, and `brainlm.published.PublishedModel` reads it: windows, masks and embeddings as with a model of ours. It does
+not become a `BrainLM`, and nothing could make it one: that is another architecture, whose layers, positions and tokens
+have no place for these weights.
 
-The scale of the input was never published, and no median or IQR with the weights: a loaded model says nothing about
-data in other units.
+The scale of the input was never published, and no median or IQR with the weights. Statistics are those of the data set
+that is named, times a gain: given, or where hidden values of its train split are predicted best.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from brainlm.checkpoint import CONFIG, WEIGHTS
+from brainlm import input_contract
+from brainlm.checkpoint import CONFIG, MANIFEST, WEIGHTS
 from brainlm.config import build
 from brainlm.errors import BrainLMError, CheckpointError, ConfigError
 from brainlm.official_13m import NystromBrainLM
 from brainlm.official_config import LayerSizes, NystromConfig, VitMaeConfig
 from brainlm.official_vitmae import VitMaeBrainLM, VitMaeFineTuned
-from brainlm.store import Store
+from brainlm.store import Store, sha256_of_file
 
+if TYPE_CHECKING:
+    from brainlm.input_contract import InputContract
+    from brainlm.official_contract import Gain
+
+FORMAT_VERSION = 1
 PICKLED_WEIGHTS = "pytorch_model.bin"
 MODEL_TYPE_13M, MODEL_TYPE_VIT = "brainlm_mae", "vit_mae"  # of the published configurations
 HEAD = "mlp_pred_head."  # prefix of the weights that only a fine-tuned model has
@@ -71,27 +82,93 @@ def load_official(folder: str) -> OfficialModel:
     return model.eval()
 
 
-def convert(source: str, target: str) -> int:
+def convert(source: str, target: str, contract: InputContract | None = None, gain: Gain | None = None) -> int:
     """Copy a published folder as safetensors and configuration; return the number of values.
 
     The weights keep their type. The folder is checked as `load_official` checks it before anything is written.
+
+    Parameters
+    ----------
+    source, target : str
+        Any fsspec URLs.
+    contract : InputContract, optional
+        Of the data that the model is to be fed: `brainlm.published.PublishedModel` then reads the folder. None writes
+        weights and configuration alone.
+    gain : Gain, optional
+        Factor on the units of `contract`; None = 1, marked as not estimated.
     """
     from safetensors.torch import save
 
+    from brainlm.official_contract import Gain, published_contract
+
     tree, state, where = _read(Store(source))
-    _check(_build(tree, state, f"{source}/{CONFIG}"), state, where)
+    model = _build(tree, state, f"{source}/{CONFIG}")
+    _check(model, state, where)
+    gain = gain or Gain()
+    fed = None if contract is None else published_contract(contract, model.config, gain, contract.atlas.name)
+    source_sha256 = sha256_of_file(Store(source).local_file(_weights_name(Store(source))))
     store = Store(target)
+    store.remove(CONFIG)  # until it is back, the folder counts as unfinished
+    store.remove(input_contract.FILE_NAME)  # of an earlier conversion
+    store.remove(MANIFEST)
     # clones: a pickle may hold views of one storage, which safetensors refuses
     copies = {name: value.clone(memory_format=torch.contiguous_format) for name, value in state.items()}
-    store.write_bytes(WEIGHTS, save(copies, metadata={"format": "pt"}))
+    data = save(copies, metadata={"format": "pt"})
+    store.write_bytes(WEIGHTS, data)
+    if fed is not None:
+        store.write_bytes(input_contract.FILE_NAME, fed.dumps().encode())
+        manifest = {
+            "format_version": FORMAT_VERSION,
+            "source": Store(source).url,
+            "source_sha256": source_sha256,
+            "weights_sha256": hashlib.sha256(data).hexdigest(),
+            "gain": gain.value,
+            "gain_source": gain.source,
+            "gain_note": gain.note,
+        }
+        store.write_json(MANIFEST, manifest)
     store.write_json(CONFIG, tree)  # last, so a folder that has one is complete
     return sum(value.numel() for value in state.values())
 
 
+def estimate_gain(source: str, contract: InputContract, data: str) -> Gain:
+    """Find the gain at which a published model predicts hidden values of a data set's train split best.
+
+    Raises
+    ------
+    ConfigError
+        If the model is fine-tuned (it has no decoder), or no gain is better than the mean.
+    """
+    from brainlm.contract_distance import measure_distance, read_recordings
+    from brainlm.dataset import open_dataset
+    from brainlm.official_contract import Gain, published_contract
+    from brainlm.published import PublishedModel
+
+    dataset, network = open_dataset(data), load_official(source)
+    contract.check_fits(dataset.contract, ours="the contract", theirs=f"the data set {dataset.name}")
+    model = PublishedModel(network, published_contract(contract, network.config, Gain(), contract.atlas.name))
+    found = measure_distance(model.to("cuda" if torch.cuda.is_available() else "cpu"), read_recordings(dataset))
+    if found.r2_at_gain <= 0 or found.gain_at_edge:
+        raise ConfigError(
+            f"--gain estimate: the best gain in the train split of {dataset.name} is {found.gain:.4g}, with an R2 of "
+            f"{found.r2_at_gain:.3g}; that is no optimum. Check the preparation (atlas, TR, filter), or give a number"
+        )
+    note = (
+        f"R2 {found.r2_at_gain:.3f} against {found.r2_at_1:.3f} at gain 1, on {found.num_windows} windows of the train "
+        f"split of {dataset.name}"
+    )
+    return Gain(value=found.gain, source="estimated", note=note)
+
+
+def _weights_name(store: Store) -> str:
+    """Return the name of the weights in a published folder, "" if there are none."""
+    return next((name for name in (WEIGHTS, PICKLED_WEIGHTS) if store.exists(name)), "")
+
+
 def _read(store: Store) -> tuple[dict[str, Any], dict[str, Tensor], str]:
     """Return the configuration, the weights, and the address of the weights."""
-    weights = next((name for name in (WEIGHTS, PICKLED_WEIGHTS) if store.exists(name)), None)
-    if weights is None or not store.exists(CONFIG):
+    weights = _weights_name(store)
+    if not weights or not store.exists(CONFIG):
         lacking = CONFIG if weights else f"{WEIGHTS} or {PICKLED_WEIGHTS}"
         nested = [name for name in store.names() if store.exists(f"{name}/{CONFIG}")]
         hint = f": wrong folder? Did you mean {' or '.join(store.url_of(name) for name in nested)}?" if nested else ""
@@ -209,14 +286,44 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("source", metavar="SRC", help="published folder, any fsspec URL")
     parser.add_argument("target", metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--contract",
+        metavar="DATASET",
+        help="data set, checkpoint or input_contract.json whose atlas and statistics the model is to be fed",
+    )
+    parser.add_argument("--gain", metavar="G", help="factor on the units of the contract (default 1), or 'estimate'")
+    parser.add_argument("--data", metavar="DATASET", help="data set to estimate the gain from (default: --contract)")
     args = parser.parse_args(argv)
     try:
-        num_values = convert(args.source, args.target)
+        from brainlm.official_contract import read_contract
+
+        if args.contract is None and (args.gain or args.data):
+            raise ConfigError("--gain and --data belong to an input contract: give --contract, too")
+        if args.data and args.gain != "estimate":
+            raise ConfigError("--data is read only to estimate the gain: give --gain estimate, too")
+        contract = None if args.contract is None else read_contract(args.contract)
+        gain = None if contract is None else _gain(args.gain, args.source, contract, args.data or args.contract)
+        num_values = convert(args.source, args.target, contract, gain)
     except BrainLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.target}: {num_values:,} values in {WEIGHTS}, and {CONFIG}")
+    if gain is not None:
+        print(f"{args.target}: {input_contract.FILE_NAME}; {gain.flag()}")
     return 0
+
+
+def _gain(text: str | None, source: str, contract: InputContract, data: str) -> Gain:
+    from brainlm.official_contract import Gain
+
+    if text is None:
+        return Gain()
+    if text == "estimate":
+        return estimate_gain(source, contract, data)
+    try:
+        return Gain(value=float(text), source="given")
+    except ValueError as error:
+        raise ConfigError(f"--gain: expected a number above 0 or 'estimate', found {text!r}") from error
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ every parameter and gradient keeps its published name; what a name means is said
 A token is 20 consecutive timepoints of one parcel, parcel-major. Layers are post-LN; attention is an exact softmax plus
 a depthwise convolution of the values along the tokens (Nystromformer, Xiong et al. 2021, with as many landmarks as
 segment means, where its approximation is switched off). Faults kept because the same numbers need them: the convolution
-runs over tokens in *shuffled* order, so even at mask ratio 0 the latents depend on the noise (`embed` uses atlas
-order); CLS has no position; `decoder.decoder_pred` is in the state dict and never used.
+runs over tokens in *shuffled* order, so even at mask ratio 0 the latents depend on the noise (`embed` and
+`reconstruct` keep atlas order, so that there is one answer); CLS has no position; `decoder.decoder_pred` is in the
+state dict and never used.
 
 Dimension letters: `B` windows, `P` parcels, `W` timepoints, `K` patches of a parcel, `p` timepoints of a patch,
 `L` tokens, `V` visible tokens, `D` width, `H` heads, `E` head width.
@@ -22,20 +23,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainlm.embedding import Embedding
 from brainlm.errors import DataError
-from brainlm.model import gather_tokens
 from brainlm.official_config import NystromConfig
 from brainlm.official_layers import (
     Dense,
-    Embedding,
     Encoded,
     LayerList,
     OfficialOutput,
     SelfAttention,
+    noise_of_mask,
     restore_order,
     shuffle_tokens,
     take_noise,
 )
+from brainlm.tokens import gather_tokens
 
 POSITIONS = 5000  # rows of the published sinusoid table
 POSITION_DROPOUT = 0.1  # fixed in the published code, no field of its configuration
@@ -208,12 +210,30 @@ class NystromBrainLM(nn.Module):
         loss = (error * mask[..., None]).sum() / (mask.sum() * logits.shape[3])
         return OfficialOutput(loss, logits, mask, encoded.ids_restore, encoded.latent)
 
-    @torch.no_grad()
-    def embed(self, signal_vectors: Tensor, xyz_vectors: Tensor) -> Embedding:
-        """Return the embedding of whole windows: nothing hidden, tokens in atlas order, so the same each time."""
+    def encode_visible(self, signal_vectors: Tensor, xyz_vectors: Tensor, hidden_BL: Tensor) -> Encoded:
+        """Encode the tokens that are not hidden, in atlas order; equally many in every window."""
         L = self._num_tokens(signal_vectors, xyz_vectors)
-        order = torch.arange(L, device=signal_vectors.device).expand(len(signal_vectors), -1)
-        latent = self.vit(signal_vectors, xyz_vectors, order, L).latent
+        if hidden_BL.shape != (len(signal_vectors), L):
+            raise DataError(f"mask of shape {tuple(hidden_BL.shape)}, expected {(len(signal_vectors), L)}")
+        noise, num_keep = noise_of_mask(hidden_BL)
+        encoded: Encoded = self.vit(signal_vectors, xyz_vectors, noise, num_keep)
+        return encoded
+
+    def reconstruct(self, signal_vectors: Tensor, xyz_vectors: Tensor, hidden_BL: Tensor) -> Tensor:
+        """Predict every value, (B, P, W), from the tokens that are not hidden; only hidden ones were trained."""
+        encoded = self.encode_visible(signal_vectors, xyz_vectors, hidden_BL)
+        logits: Tensor = self.decoder(encoded.latent, xyz_vectors, encoded.ids_restore)
+        return logits.flatten(2)
+
+    def embed(self, signal_vectors: Tensor, xyz_vectors: Tensor, hidden_BL: Tensor | None = None) -> Embedding:
+        """Return the embedding of windows: nothing hidden, tokens in atlas order, so the same each time.
+
+        Gradients flow. `hidden_BL` leaves tokens out that hold no measurement.
+        """
+        if hidden_BL is None:
+            size = (len(signal_vectors), self._num_tokens(signal_vectors, xyz_vectors))
+            hidden_BL = torch.zeros(size, dtype=torch.bool, device=signal_vectors.device)
+        latent = self.encode_visible(signal_vectors, xyz_vectors, hidden_BL).latent
         return Embedding(latent[:, 0], latent[:, 1:].mean(dim=1))
 
     def _num_tokens(self, signal: Tensor, xyz: Tensor) -> int:

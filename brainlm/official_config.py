@@ -55,6 +55,7 @@ class NystromConfig(LayerSizes):
     num_landmarks: int
     segment_means_seq_len: int
     conv_kernel_size: int | None
+    num_timepoints_per_voxel: int = 200
     use_tanh_decoder: bool = False
     loss_fn: Literal["mse", "mae"] = "mse"
 
@@ -69,6 +70,11 @@ class NystromConfig(LayerSizes):
             raise ConfigError(
                 f"hidden_size={self.hidden_size} must equal decoder_hidden_size={self.decoder_hidden_size}: "
                 "the published decoder adds positions of the encoder's width"
+            )
+        if self.timepoint_patching_size < 1 or self.num_timepoints_per_voxel % self.timepoint_patching_size:
+            raise ConfigError(
+                f"num_timepoints_per_voxel={self.num_timepoints_per_voxel} must be a multiple of "
+                f"timepoint_patching_size={self.timepoint_patching_size}"
             )
         if self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
             raise ConfigError(f"conv_kernel_size={self.conv_kernel_size} must be odd")

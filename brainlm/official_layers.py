@@ -5,7 +5,7 @@ Attribute names are those of the published state dicts; see `brainlm.official_13
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from brainlm.errors import DataError
 from brainlm.layers import attend
-from brainlm.model import gather_tokens
+from brainlm.tokens import gather_tokens
 
 
 class OfficialOutput(NamedTuple):
@@ -40,13 +40,6 @@ class Encoded(NamedTuple):
     ids_restore: Tensor
 
 
-class Embedding(NamedTuple):
-    """``cls (B, D)`` and ``pooled (B, D)``, the mean over all tokens but CLS; no token hidden, tokens in order."""
-
-    cls: Tensor
-    pooled: Tensor
-
-
 def shuffle_tokens(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return kept token numbers (B, V) in ascending noise, the mask (B, L) with 1 = hidden, and ids_restore (B, L).
 
@@ -57,6 +50,34 @@ def shuffle_tokens(noise_BL: Tensor, num_keep: int) -> tuple[Tensor, Tensor, Ten
     ids_restore_BL = torch.argsort(ids_shuffle_BL, dim=1)
     mask_BL = (ids_restore_BL >= num_keep).to(torch.float32)
     return ids_shuffle_BL[:, :num_keep], mask_BL, ids_restore_BL
+
+
+def noise_of_mask(hidden_BL: Tensor) -> tuple[Tensor, int]:
+    """Return noise (B, L), int64, that hides exactly these tokens and keeps the others in order, and their number.
+
+    No two values are equal, so the order is the same everywhere. Equally many tokens must be visible in every window:
+    see `by_num_visible`.
+    """
+    L = hidden_BL.shape[1]
+    order_BL = torch.arange(L, device=hidden_BL.device) + L * hidden_BL
+    return order_BL, int((~hidden_BL[:1]).sum())
+
+
+def by_num_visible(hidden_BL: Tensor) -> Iterator[Tensor]:
+    """Divide windows into groups with equally many visible tokens: yields their numbers, int64.
+
+    Padding instead would not do: the convolution of the 13M family runs along the tokens, padding among them.
+
+    Raises
+    ------
+    DataError
+        If a window has no visible token.
+    """
+    num_visible_B = (~hidden_BL).sum(dim=1)
+    for count in num_visible_B.unique().tolist():
+        if count == 0:
+            raise DataError("a window has no visible token: lower the mask ratio, or leave this recording out")
+        yield torch.nonzero(num_visible_B == count)[:, 0]
 
 
 def take_noise(noise: Tensor | None, inputs: Tensor, num_tokens: int, generator: torch.Generator | None) -> Tensor:

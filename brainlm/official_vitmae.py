@@ -23,22 +23,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainlm.embedding import Embedding
 from brainlm.errors import ConfigError, DataError
-from brainlm.model import gather_tokens
 from brainlm.official_config import VitMaeConfig
 from brainlm.official_layers import (
     Dense,
-    Embedding,
     Encoded,
     LayerList,
     OfficialOutput,
     SelfAttention,
+    noise_of_mask,
     restore_order,
     shuffle_tokens,
     take_noise,
 )
+from brainlm.tokens import gather_tokens
 
 PADDING_VALUE = -1.0  # what the published code fills the margins of the image with
+NUM_PARCELS, WINDOW_LEN = 424, 200  # of all published models; a configuration says only how large the square is
 
 
 class FineTunedOutput(NamedTuple):
@@ -68,13 +70,18 @@ def hidden_columns(config: VitMaeConfig, num_timepoints: int) -> HiddenColumns:
     Patch columns are whole, the signal's end is not at a patch's edge, and so ``predict_last`` scores more than the
     ``mask_ratio`` it is given, while ``predict_last_pixel`` zeroes the part that fills no patch column.
     """
+    num_asked = int(config.mask_ratio * num_timepoints)
+    return columns_at_end(config, num_timepoints, num_asked, whole_patches=config.train_mode == "predict_last")
+
+
+def columns_at_end(config: VitMaeConfig, num_timepoints: int, num_asked: int, *, whole_patches: bool) -> HiddenColumns:
+    """Return what hides the last `num_asked` timepoints: whole patch columns alone, or the rest by zeros."""
     p = config.patch_size
     signal_end = (config.side - num_timepoints) // 2 + num_timepoints
     patch_end = -(-signal_end // p)  # the patch column that holds the last timepoint ends here
-    num_asked = int(config.mask_ratio * num_timepoints)
     first_scored = signal_end - num_asked
     num_hidden = (patch_end * p - first_scored) // p
-    if config.train_mode == "predict_last":
+    if whole_patches:
         num_hidden += first_scored % p != 0
         first_hidden = patch_end - num_hidden
         scored = min(max(signal_end - first_hidden * p, 0), num_timepoints)
@@ -216,15 +223,28 @@ class VitMae(nn.Module):
         L = self.config.grid**2
         return self.vit(image, take_noise(noise, image, L, generator), int(L * (1 - self.config.mask_ratio)))
 
-    @torch.no_grad()
-    def embed(self, pixel_values: Tensor) -> Embedding:
+    def encode_visible(self, image: Tensor, hidden_BL: Tensor) -> Encoded:
+        """Encode the tokens of the padded image that are not hidden, in grid order; equally many in every window."""
+        if hidden_BL.shape != (len(image), self.config.grid**2):
+            raise DataError(f"mask of shape {tuple(hidden_BL.shape)}, expected {(len(image), self.config.grid**2)}")
+        noise, num_keep = noise_of_mask(hidden_BL)
+        encoded: Encoded = self.vit(image, noise, num_keep)
+        return encoded
+
+    def latent_of(self, pixel_values: Tensor, hidden_BL: Tensor | None = None) -> Tensor:
+        """Return the latent of whole windows (B, 1 + V, D), CLS first: nothing hidden, tokens in grid order."""
+        image = self.pad(pixel_values)
+        if hidden_BL is None:
+            hidden_BL = torch.zeros(len(image), self.config.grid**2, dtype=torch.bool, device=image.device)
+        return self.encode_visible(image, hidden_BL).latent
+
+    def embed(self, pixel_values: Tensor, hidden_BL: Tensor | None = None) -> Embedding:
         """Return the embedding of whole windows: nothing hidden, tokens in grid order, so the same each time.
 
-        `Embedding.pooled` is over all patches, those of the padding among them, as the model was trained.
+        Gradients flow. `Embedding.pooled` is over all patches, those of the padding among them, as the model was
+        trained. `hidden_BL` leaves tokens out that hold no measurement.
         """
-        num_tokens = self.config.grid**2
-        order = torch.arange(num_tokens, device=pixel_values.device).expand(len(pixel_values), -1)
-        latent = self.vit(self.pad(pixel_values), order, num_tokens).latent
+        latent = self.latent_of(pixel_values, hidden_BL)
         return Embedding(latent[:, 0], latent[:, 1:].mean(dim=1))
 
 
@@ -277,6 +297,19 @@ class VitMaeBrainLM(VitMae):
         loss = ((logits - target).square() * mask).sum() / mask.sum()
         return OfficialOutput(loss, logits, mask, encoded.ids_restore, encoded.latent)
 
+    def reconstruct(self, pixel_values: Tensor, hidden_BL: Tensor, zeroed: range = range(0)) -> Tensor:
+        """Predict every value, (B, P, W), from the tokens that are not hidden.
+
+        Only hidden tokens were trained, and with ``predict_last_pixel`` the columns `zeroed` of the padded image, which
+        are 0 in what is seen.
+        """
+        image = self.pad(pixel_values)
+        if zeroed:
+            image[..., zeroed.start : zeroed.stop] = 0
+        encoded = self.encode_visible(image, hidden_BL)
+        values = self.decoder(encoded.latent, encoded.ids_restore)
+        return self.crop(self._unpatchify(values), pixel_values.shape)
+
     def _unpatchify(self, values_BLv: Tensor) -> Tensor:
         """Put the values of patches (row, column, channel fastest) in place; mean over channels, (B, S, S)."""
         g, p, S = self.config.grid, self.config.patch_size, self.config.side
@@ -302,7 +335,9 @@ class MlpHead(nn.Module):
 class VitMaeFineTuned(VitMae):
     """The published ``ViTMAEForFinetuning``: one number per window from ``vit`` and ``mlp_pred_head``.
 
-    Tokens are hidden at ``config.mask_ratio`` as in pretraining, so predictions depend on the noise.
+    Tokens are hidden at ``config.mask_ratio`` as in pretraining, so predictions depend on the noise; `predict` hides
+    nothing. ``sigmoid_outputs`` applies to ``pred`` as to the loss (the published code leaves it out where it is called
+    without labels).
 
     Parameters
     ----------
@@ -323,13 +358,18 @@ class VitMaeFineTuned(VitMae):
     ) -> FineTunedOutput:
         """Predict, and compute ``config.loss_fn`` where `labels (B,)` are given. `pixel_values`, `noise` as above."""
         encoded = self.encode(self.pad(pixel_values), noise, generator)
-        # the published mean pooling takes CLS in
-        pooled = encoded.latent.mean(dim=1) if self.config.use_mean_pooling else encoded.latent[:, 0]
-        pred = self.mlp_pred_head(pooled)
-        if self.config.sigmoid_outputs:
-            pred = pred.sigmoid()
+        pred = self._head(encoded.latent)
         loss = None if labels is None else self._loss(pred.squeeze(-1), labels)
         return FineTunedOutput(pred, loss, encoded.mask, encoded.ids_restore, encoded.latent)
+
+    def predict(self, pixel_values: Tensor, hidden_BL: Tensor | None = None) -> Tensor:
+        """Return ``pred (B, 1)`` from whole windows: nothing hidden, tokens in grid order, so the same each time."""
+        return self._head(self.latent_of(pixel_values, hidden_BL))
+
+    def _head(self, latent: Tensor) -> Tensor:
+        # the published mean pooling takes CLS in
+        pred: Tensor = self.mlp_pred_head(latent.mean(dim=1) if self.config.use_mean_pooling else latent[:, 0])
+        return pred.sigmoid() if self.config.sigmoid_outputs else pred
 
     def _loss(self, pred_B: Tensor, labels_B: Tensor) -> Tensor:
         if self.config.loss_fn == "mse":

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,80 +21,17 @@ from brainlm.official_13m import NystromBrainLM
 from brainlm.official_config import NystromConfig, VitMaeConfig
 from brainlm.official_layers import SelfAttention
 from brainlm.official_vitmae import VitMaeBrainLM, VitMaeFineTuned, hidden_columns, rows_by_y
+from tests.brainlm.published_models import VIT, P, W, fine_tuned, image, normal, nystrom, randomised, vit, write
 
 FIXTURES = Path(__file__).parents[2] / ".." / "shared" / "fixtures" / "official"
 CASES = ("brainlm_nys_mask0.2", "vitmae_p16_auto0.75", "vitmae_p16_predict_last0.1")
 NUM_PARAMETERS = {"5M": 5.05, "13M": 13.43, "111M": 112.59, "650M": 658.34}  # millions, from the reference notes
-P, W = 424, 200
-
-VIT: dict[str, Any] = {
-    "hidden_size": 8,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "intermediate_size": 16,
-    "decoder_hidden_size": 8,
-    "decoder_num_hidden_layers": 1,
-    "decoder_num_attention_heads": 2,
-    "decoder_intermediate_size": 16,
-    "mask_ratio": 0.75,
-    "image_size": (432, 432),
-    "patch_size": 16,
-}
-NYSTROM: dict[str, Any] = {key: VIT[key] for key in VIT if key != "image_size"} | {
-    "num_brain_voxels": 12,
-    "timepoint_patching_size": 20,
-    "num_landmarks": 64,
-    "segment_means_seq_len": 64,
-    "conv_kernel_size": 5,
-}
 
 
 def official(name: str) -> Path:
     if not FIXTURES.is_dir():
         pytest.skip("the published fixtures (../shared/fixtures/official) are not here")
     return FIXTURES / name
-
-
-def randomised(model: Any) -> Any:
-    """Fill every weight from a fixed seed: published modules have no initial values of their own."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for value in model.state_dict().values():
-            value.normal_(0, 0.3, generator=generator)
-    return model.eval()
-
-
-def vit(**changes: Any) -> VitMaeBrainLM:
-    return randomised(VitMaeBrainLM(VitMaeConfig(**VIT | changes)))
-
-
-def nystrom(**changes: Any) -> NystromBrainLM:
-    return randomised(NystromBrainLM(NystromConfig(**NYSTROM | changes)))
-
-
-def fine_tuned(**changes: Any) -> VitMaeFineTuned:
-    return randomised(VitMaeFineTuned(VitMaeConfig(**VIT | changes)))
-
-
-def normal(*shape: int, seed: int = 1) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def image(seed: int = 1) -> torch.Tensor:
-    return normal(2, 1, P, W, seed=seed).expand(-1, 3, -1, -1)
-
-
-def write(folder: Path, model: Any, *, pickled: bool = False, **changes: Any) -> Path:
-    """Write a model as a published folder, with changes to its configuration."""
-    folder.mkdir(parents=True, exist_ok=True)
-    kind = "brainlm_mae" if isinstance(model, NystromBrainLM) else "vit_mae"
-    tree = asdict(model.config) | {"model_type": kind, "transformers_version": "4.28.1", "top_k": 50} | changes
-    (folder / "config.json").write_text(json.dumps(tree))
-    if pickled:
-        torch.save(model.state_dict(), folder / "pytorch_model.bin")
-    else:
-        save_file(model.state_dict(), folder / "model.safetensors")
-    return folder
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> None:
@@ -314,6 +250,21 @@ def test_fine_tuned_folder_predicts_one_number_per_window(tmp_path: Path, poolin
     assert model(image(), noise).loss is None
 
 
+@pytest.mark.parametrize("pooling", [False, True])
+def test_fine_tuned_prediction_without_noise_hides_nothing(pooling: bool) -> None:
+    model = fine_tuned(use_mean_pooling=pooling, sigmoid_outputs=True)
+    open_window = fine_tuned(use_mean_pooling=pooling, sigmoid_outputs=True, mask_ratio=0.0)
+    noise = torch.rand(2, 729, generator=torch.Generator().manual_seed(5))  # any order: this family has no convolution
+    torch.testing.assert_close(model.predict(image()), open_window(image(), noise).pred)
+    assert torch.equal(model.predict(image()), model.predict(image()))
+
+
+def test_embeddings_can_be_trained_through() -> None:
+    for embedding in (nystrom().embed(normal(2, 12, 40), normal(2, 12, 3)), vit().embed(image())):
+        assert embedding.pooled.requires_grad
+        assert embedding.cls.requires_grad
+
+
 def test_fine_tuned_outputs_and_losses_follow_the_configuration() -> None:
     noise, labels = torch.rand(2, 729), torch.tensor([1.0, 0.0])
     plain = fine_tuned()(image(), noise).pred
@@ -429,6 +380,10 @@ def test_a_configuration_that_cannot_be_is_refused(tmp_path: Path, changes: dict
         ({"num_landmarks": 32}, "num_landmarks=32 must equal segment_means_seq_len=64"),
         ({"decoder_hidden_size": 16}, "hidden_size=8 must equal decoder_hidden_size=16"),
         ({"conv_kernel_size": 4}, "conv_kernel_size=4 must be odd"),
+        (
+            {"num_timepoints_per_voxel": 50},
+            "num_timepoints_per_voxel=50 must be a multiple of timepoint_patching_size=20",
+        ),
     ],
 )
 def test_a_13m_configuration_that_is_not_built_is_refused(
