@@ -66,6 +66,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, valid_BM: Tensor | None = None) -> T
     k, v : Tensor, shape (B, H, M, E)
     valid_BM : Tensor, shape (B, M), bool, optional
         True = may be attended to.
+
+    Notes
+    -----
+    Error of the output and of the gradients of q, k and v on a CPU, as the largest difference from float64 over the
+    largest value, with 1061 normal tokens and 4 heads of 128 (`benchmarks/attention.py`): 2.5e-6 in float32; 1.1e-2 in
+    bfloat16, as with all probabilities in memory, because scores are rounded to bfloat16 (torch's own, which keeps them
+    in float32 and takes longer: 5.9e-3).
     """
     if q.device.type == "cpu" and q.dtype == torch.bfloat16:
         y: Tensor = BlockedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), valid_BM)
@@ -130,6 +137,29 @@ class Block(nn.Module):
         assert memory_BMD is not None
         return normed, self.norm_memory(memory_BMD)
 
-    def forward(self, x_BND: Tensor, memory_BMD: Tensor | None = None, valid_BM: Tensor | None = None) -> Tensor:
-        x_BND = x_BND + self.attention(*self.attention_inputs(x_BND, memory_BMD), valid_BM)
+    def forward(
+        self,
+        x_BND: Tensor,
+        memory_BMD: Tensor | None = None,
+        valid_BM: Tensor | None = None,
+        rows_BQ: Tensor | None = None,
+    ) -> Tensor:
+        """Return the tokens after attention and feed-forward: (B, N, D), or (B, Q, D) with `rows_BQ`.
+
+        Parameters
+        ----------
+        x_BND : Tensor, shape (B, N, D)
+        memory_BMD : Tensor, shape (B, M, D), optional
+            Needed by a cross-attention block; ignored by a self-attention block, whose M is N.
+        valid_BM : Tensor, shape (B, M), bool, optional
+            True = may be attended to.
+        rows_BQ : Tensor, shape (B, Q), int64, optional
+            Numbers of the rows of `x` to return, with the values they have without it: a last block computes no more
+            than is read. All rows are still attended to. None = all.
+        """
+        queries, keys = self.attention_inputs(x_BND, memory_BMD)
+        if rows_BQ is not None:
+            ids_BQD = rows_BQ[:, :, None].expand(-1, -1, x_BND.shape[2])
+            x_BND, queries = x_BND.gather(1, ids_BQD), queries.gather(1, ids_BQD)
+        x_BND = x_BND + self.attention(queries, keys, valid_BM)
         return x_BND + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x_BND))))

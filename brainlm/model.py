@@ -382,10 +382,9 @@ class BrainLM(nn.Module):
     def decode(self, encoded: Encoded, ids_BQ: Tensor) -> Tensor:
         """Predict the patches at token numbers `ids_BQ`: shape (B, Q, v), float32."""
         x, memory, valid = self.decoder_inputs(encoded, ids_BQ)
-        for block in self.decoder:
-            x = block(x, memory, valid)
-        if memory is None:
-            x = gather_tokens(x[:, 1:], ids_BQ)  # CLS dropped
+        rows = ids_BQ + 1 if memory is None else None  # CLS is row 0; the last block computes only what is read
+        for number, block in enumerate(self.decoder, start=1):
+            x = block(x, memory, valid, rows if number == len(self.decoder) else None)
         return self.decoder_pred(self.decoder_norm(x)).float()
 
     def forward(

@@ -101,7 +101,8 @@ def flops_per_window(config: ModelConfig, num_parcels: int, mask_ratio: float, n
     Parameters
     ----------
     num_decoded : int, optional
-        Hidden tokens decoded per window; None = all. The ``full`` decoder always runs over all tokens.
+        Hidden tokens decoded per window; None = all. The ``full`` decoder always attends to all tokens, and all but its
+        last layer run over all of them.
     """
     values = config.patch_parcels * config.patch_len
     tokens = -(-num_parcels // config.patch_parcels) * config.num_patches
@@ -120,5 +121,8 @@ def flops_per_window(config: ModelConfig, num_parcels: int, mask_ratio: float, n
     encoder += config.depth * block(visible, visible, config.width, config.mlp_width)
     width = config.decoder_width
     decoder = 2 * visible * config.width * width + 2 * decoded * width * values
-    queries, keys = (decoded, visible) if config.decoder == "cross" else (tokens + 1, tokens + 1)
-    return encoder + decoder + config.decoder_depth * block(queries, keys, width, config.decoder_mlp_width)
+    mlp_width = config.decoder_mlp_width
+    if config.decoder == "cross":
+        return encoder + decoder + config.decoder_depth * block(decoded, visible, width, mlp_width)
+    decoder += (config.decoder_depth - 1) * block(tokens + 1, tokens + 1, width, mlp_width)
+    return encoder + decoder + block(decoded, tokens + 1, width, mlp_width)

@@ -27,6 +27,7 @@ from train.settings import PretrainSettings, micro_batches
 
 def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration that the settings mean."""
+    assert settings.engine.precision != "auto", "the entry resolves it (train.precision)"
     accumulation = micro_batches(settings, world_size)
     return {
         "train_batch_size": settings.data.batch_size,

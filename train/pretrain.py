@@ -34,6 +34,7 @@ from train.engine import Engine, deepspeed_dict
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.loop import train
+from train.precision import resolve_precision
 from train.reporting import Reporter
 from train.settings import PretrainSettings, check_settings, micro_batches
 from train.snapshots import resume_newest
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     for noisy in ("DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        settings = load_config(PretrainSettings, args.config, args.overrides)
+        settings = resolve_precision(load_config(PretrainSettings, args.config, args.overrides))
         check_settings(settings, world.size)
         if args.dry_run:
             if world.is_rank_zero:
@@ -85,7 +86,8 @@ def plan(settings: PretrainSettings, world: World) -> str:
     ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
     flops = 3 * flops_per_window(config, model.num_parcels, ratio, settings.masks.num_decoded)
     parameters = model.num_parameters
-    grid = f"{model.num_parcels} parcels in {model.num_rows} rows x {config.num_patches} patches"
+    groups = f" in {model.num_rows} groups" if config.patch_parcels > 1 else ""
+    grid = f"{model.num_parcels} parcels{groups} x {config.num_patches} patches"
     lines = [
         to_yaml(settings).rstrip(),
         "",

@@ -86,7 +86,8 @@ class OptimizerSettings(Section):
 class EngineSettings(Section):
     """How DeepSpeed runs it."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """``auto``: bf16 where the machine has instructions for it (see `train.precision`), else fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int | None = None
     """CPU threads per rank; null = cores / ranks."""

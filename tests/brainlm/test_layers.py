@@ -19,6 +19,7 @@ from brainlm.layers import (
 
 B, H, N, M, E = 2, 3, 2 * QUERY_BLOCK + 37, 90, 8  # three blocks of queries, the last one not full
 BF16_TOLERANCE = 2.0**-5  # of the largest value; bfloat16 keeps 8 bits, and a gradient passes three products
+FLOAT32_ERROR, BF16_ERROR = 4e-6, 2e-2  # at most, of the largest value; `attend` states what was measured
 
 
 def tensors(dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -60,6 +61,45 @@ def test_blocked_attention_and_its_gradients_equal_the_float64_reference(
         tolerance = BF16_TOLERANCE if dtype == torch.bfloat16 else 1e-5  # gradients of k and v are summed in float32
         error = (found.double() - expected).abs().max() / expected.abs().max()
         assert error < tolerance, f"{name}: {error:.2g}"
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, dy: Tensor, valid: Tensor | None) -> list[Tensor]:
+    y = attend(q, k, v, valid)
+    return [y.detach(), *torch.autograd.grad(y, (q, k, v), dy)]
+
+
+@pytest.mark.parametrize("valid", [None, some_valid()], ids=["all valid", "some valid"])
+@pytest.mark.parametrize("strided", [False, True], ids=["contiguous", "heads cut from rows"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attend_and_its_gradients_equal_the_float64_reference(
+    dtype: torch.dtype, strided: bool, valid: Tensor | None
+) -> None:
+    inputs = tensors(dtype)
+    if strided:
+        cut = [x.detach().transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+        inputs = cut[0].requires_grad_(), cut[1].requires_grad_(), cut[2].requires_grad_(), cut[3]
+        assert not any(x.is_contiguous() for x in inputs)
+    for name, found, expected in zip(["y", "dq", "dk", "dv"], attended(*inputs, valid), reference(*inputs, valid)):
+        assert found.dtype == dtype
+        tolerance = BF16_TOLERANCE if dtype == torch.bfloat16 else FLOAT32_ERROR
+        error = (found.double() - expected).abs().max() / expected.abs().max()
+        assert error < tolerance, f"{name}: {error:.2g}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, FLOAT32_ERROR), (torch.bfloat16, BF16_ERROR)], ids=str)
+def test_the_stated_error_holds_at_the_width_and_number_of_keys_of_the_13m_encoder(
+    dtype: torch.dtype, bound: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, dy = (torch.randn(1, 4, n, 128, generator=generator).to(dtype) for n in (256, 1061, 1061, 256))
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    exact = [x.detach().double().requires_grad_() for x in (q, k, v)]
+    y = (exact[0] @ exact[1].transpose(-1, -2) / math.sqrt(128)).softmax(dim=-1) @ exact[2]
+    expected = [y.detach(), *torch.autograd.grad(y, exact, dy.double())]
+    for name, found, wanted in zip(["y", "dq", "dk", "dv"], attended(q, k, v, dy, None), expected):
+        error = float((found.double() - wanted).abs().max() / wanted.abs().max())
+        assert error < bound, f"{name}: {error:.2g}"
 
 
 @pytest.mark.parametrize("valid", [None, some_valid()], ids=["all valid", "some valid"])
@@ -124,3 +164,19 @@ def test_a_block_is_pre_norm_with_two_residuals() -> None:
         y = x + block.attention(normed, keys)
         y = y + block.mlp_out(F.gelu(block.mlp_in(block.norm_mlp(y))))
         torch.testing.assert_close(block(x, memory if cross else None), y)
+
+
+@pytest.mark.parametrize("valid", [None, some_valid()[:, :6]], ids=["all valid", "some valid"])
+def test_a_self_attention_block_can_compute_only_the_rows_that_are_read(valid: Tensor | None) -> None:
+    torch.manual_seed(0)
+    block, rows = Block(8, 2, 16), torch.tensor([[4, 0], [1, 1]])
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    gradient = torch.randn(2, 2, 8)
+    wanted = block(x, valid_BM=valid).gather(1, rows[:, :, None].expand(-1, -1, 8))
+    found = block(x, valid_BM=valid, rows_BQ=rows)
+    torch.testing.assert_close(found, wanted)
+    parameters = [x, *block.parameters()]
+    for ours, expected in zip(
+        torch.autograd.grad(found, parameters, gradient), torch.autograd.grad(wanted, parameters, gradient)
+    ):
+        torch.testing.assert_close(ours, expected)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from brainlm.world import World
 from train.engine import deepspeed_dict
 from train.held_out import HeldOut
 from train.param_groups import param_groups
+from train.precision import resolve_precision
 from train.schedule import learning_rate_at
 from train.settings import (
     DataSettings,
@@ -54,7 +56,8 @@ def test_only_matrices_of_linear_layers_decay(dataset_url: str) -> None:
 
 
 def test_the_deepspeed_dictionary_follows_from_the_settings() -> None:
-    generated = deepspeed_dict(settings(batch_size=16, micro_batch_size=2), world_size=4)
+    chosen = dataclasses.replace(settings(batch_size=16, micro_batch_size=2), engine=EngineSettings(precision="bf16"))
+    generated = deepspeed_dict(chosen, world_size=4)
     assert generated["train_batch_size"] == 16
     assert generated["train_micro_batch_size_per_gpu"] == 2
     assert generated["gradient_accumulation_steps"] == 2
@@ -142,3 +145,16 @@ def test_validation_agrees_with_a_direct_computation(dataset_url: str) -> None:
         sse += float((error / series.std(axis=0))[scored].astype(float).__pow__(2).sum())
         sst += float((values / series.std(axis=0))[scored].astype(float).__pow__(2).sum())
     assert held_out.score(OneRank(model))["val_r2"] == pytest.approx(1 - sse / sst, rel=1e-4)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("fast", "stage", "expected"), [(True, 1, "bf16"), (False, 1, "fp32"), (True, 0, "fp32")])
+def test_precision_is_what_the_machine_does_fast(
+    fast: bool, stage: Literal[0, 1], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: fast)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    automatic = dataclasses.replace(settings(), engine=EngineSettings(zero_stage=stage))
+    assert resolve_precision(automatic).engine.precision == expected
+    chosen = dataclasses.replace(settings(), engine=EngineSettings(zero_stage=1, precision="bf16"))
+    assert resolve_precision(chosen) == chosen
