@@ -3,6 +3,7 @@
 # make check   lint, format, types, import contract, tests
 PYTHON ?= python3
 VENV := .venv
+TEST_PROCESSES ?= 2
 BIN := $(CURDIR)/$(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
@@ -28,7 +29,7 @@ demo: $(INSTALLED)
 	$(BIN)/python cluster/pipeline.py --config cluster/configs/demo.yaml
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 
 check: lint types imports test
 

@@ -6,24 +6,26 @@ a network, or a parcel without signal.
 
 from __future__ import annotations
 
-import io
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from data_prep.svg_axes import Box, image, picture, text, ticks_below, ticks_of
 
 NUM_WORST = 3
 LIMIT = 2.5  # standard deviations at which grey ends
 MAX_COLUMNS = 900  # longer recordings are averaged down to what a screen shows
-MAX_ROWS = 600  # finer atlases likewise
-NUM_GREYS = 40  # of the picture's palette, which halves its size
+MAX_ROWS = 300  # finer atlases likewise
+NUM_GREYS = 32  # fewer than a screen has, which halves the size of a picture
 CENSORED, LINE = "#d1495b", "#2e86ab"
+NAME_PX = 10
+HEIGHT = 278
+BOX = Box(126, 8, 720, 224)
+STRIP = Box(126, 8, 720, 13)
+BOX_BELOW_STRIP = Box(126, 24, 720, 208)
 NO_NETWORK = "no network"
 
 
@@ -84,9 +86,9 @@ def z_scored(bold: NDArray[np.float32], keep_mask: NDArray[np.bool_]) -> NDArray
     return np.asarray((bold - mean.astype(np.float32)) / np.where(deviation > 0, deviation, np.inf).astype(np.float32))
 
 
-def carpet_png(
-    bold: NDArray[np.float32], keep_mask: NDArray[np.bool_], tr_s: float, networks: Sequence[str] | None
-) -> bytes:
+def carpet_svg(
+    bold: NDArray[np.float32], keep_mask: NDArray[np.bool_], tr_s: float, networks: Sequence[str] | None, words: str
+) -> str:
     """Draw one recording: time in seconds, parcels by network, censored timepoints in red above.
 
     Parameters
@@ -97,105 +99,78 @@ def carpet_png(
         True = kept.
     tr_s : float
     networks : sequence of str, length P, or None
+    words : str
+        What the picture shows, for those who do not see it.
 
     Returns
     -------
-    bytes
-        A PNG without metadata: the same input gives the same bytes.
+    str
+        An ``<svg>`` element that needs no other file: the same input gives the same text.
     """
-    from matplotlib.figure import Figure
-
     order, names = order_by_network(networks, bold.shape[1])
     present = np.asarray(~np.isnan(bold).all(axis=0))
     names = [name for name, here in zip(names, present[order]) if here]
     shown = z_scored(bold[:, order[present[order]]], keep_mask).clip(-LIMIT, LIMIT)
+    box = BOX if keep_mask.all() else BOX_BELOW_STRIP
+    parts = [] if keep_mask.all() else [_censored_strip(keep_mask)]
+    if names:
+        parts.append(image(_greys(_reduced(_reduced(shown, MAX_COLUMNS).T, MAX_ROWS)), box))
     duration_s = len(bold) * tr_s
-    figure = Figure(figsize=(8.6, 2.9))
-    figure.subplots_adjust(left=0.15, right=0.98, top=0.97, bottom=0.17)  # a layout engine takes longer than the rest
-    if keep_mask.all():
-        carpet = figure.add_subplot()
-    else:
-        strip, carpet = figure.subplots(2, 1, sharex=True, gridspec_kw={"height_ratios": [1, 16], "hspace": 0.02})
-        _mark_censored(strip, keep_mask, duration_s)
-    picture = _reduced(_reduced(shown, MAX_COLUMNS).T, MAX_ROWS)
-    carpet.imshow(
-        picture,
-        aspect="auto",
-        cmap="gray",
-        vmin=-LIMIT,
-        vmax=LIMIT,
-        extent=(0.0, duration_s, float(shown.shape[1]), 0.0),
-        interpolation="nearest",
+    times = [(box.left + box.width * value / duration_s, label) for value, label in ticks_of(0.0, duration_s, 6)]
+    parts += [
+        _frame(box),
+        ticks_below(box, times, 13),
+        text("Time (s)", box.left + box.width / 2, HEIGHT - 10, size=13),
+    ]
+    return picture([*parts, _name_networks(box, names)], HEIGHT, words)
+
+
+def _greys(shown: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Return what is drawn for values in [-LIMIT, LIMIT]: one of NUM_GREYS, from black to white."""
+    level = np.round((shown + LIMIT) * ((NUM_GREYS - 1) / (2 * LIMIT)))
+    return np.asarray(np.round(level * (255 / (NUM_GREYS - 1))).astype(np.uint8))
+
+
+def _frame(box: Box) -> str:
+    return (
+        f'<rect x="{box.left:g}" y="{box.top:g}" width="{box.width:g}" height="{box.height:g}" fill="none" '
+        'stroke="#222"/>'
     )
-    carpet.set_xlabel("Time (s)")
-    _name_networks(carpet, names)
-    return figure_png(figure)
 
 
-def _mark_censored(axes: Axes, keep_mask: NDArray[np.bool_], duration_s: float) -> None:
-    from matplotlib.colors import ListedColormap
-
-    censored = _reduced((~keep_mask)[:, None].astype(np.float32), MAX_COLUMNS, largest=True)
-    axes.imshow(
-        censored.T,
-        aspect="auto",
-        cmap=ListedColormap(["white", CENSORED]),
-        vmin=0,
-        vmax=1,
-        extent=(0.0, duration_s, 0.0, 1.0),
-        interpolation="nearest",
+def _censored_strip(keep_mask: NDArray[np.bool_]) -> str:
+    """Draw a bar over each run of censored timepoints, at least half a pixel wide."""
+    edges = np.flatnonzero(np.diff(keep_mask.astype(np.int8), prepend=1, append=1))
+    scale = STRIP.width / len(keep_mask)
+    bars = "".join(
+        f"M{STRIP.left + scale * start:.1f} {STRIP.top:g}v{STRIP.height:g}h{max(scale * (stop - start), 0.5):.1f}"
+        f"v-{STRIP.height:g}z"
+        for start, stop in zip(edges[::2], edges[1::2])
     )
-    axes.set_yticks([])
-    axes.tick_params(bottom=False, labelbottom=False)
-    axes.set_ylabel("censored", rotation=0, ha="right", va="center", fontsize=7, color=CENSORED)
+    word = text("censored", STRIP.left - 7, STRIP.top + STRIP.height / 2, "end", NAME_PX, CENSORED)
+    return f'<path d="{bars}" fill="{CENSORED}"/>{_frame(STRIP)}{word}'
 
 
-def _name_networks(axes: Axes, names: Sequence[str]) -> None:
+def _name_networks(box: Box, names: Sequence[str]) -> str:
     starts = [n for n, name in enumerate(names) if n == 0 or name != names[n - 1]]
     if len(starts) < 2:
-        axes.set_ylabel("Parcels")
-        return
-    for start in starts[1:]:
-        axes.axhline(start, color=LINE, linewidth=0.8)
+        return text("Parcels", box.left - 15, box.top + box.height / 2, size=13, turn=True)
+    row_px = box.height / len(names)
+    lines = "".join(f"M{box.left:g} {box.top + row_px * start:.1f}h{box.width:g}" for start in starts[1:])
     stops = [*starts[1:], len(names)]
     tall = [n for n in range(len(starts)) if stops[n] - starts[n] >= 0.035 * len(names)]  # room for a name
-    axes.set_yticks([(starts[n] + stops[n]) / 2 for n in tall], [names[starts[n]][:20] for n in tall], fontsize=7)
-    axes.tick_params(axis="y", length=0)
+    words = [
+        text(names[starts[n]][:20], box.left - 7, box.top + row_px * (starts[n] + stops[n]) / 2, "end", NAME_PX)
+        for n in tall
+    ]
+    return f'<path d="{lines}" stroke="{LINE}" stroke-width=".8"/>{"".join(words)}'
 
 
-def _reduced(values: NDArray[np.float32], most: int, largest: bool = False) -> NDArray[np.float32]:
-    """Return at most about `most` rows: means (or maxima) of as many neighbours as it takes; the last may be fewer."""
+def _reduced(values: NDArray[np.float32], most: int) -> NDArray[np.float32]:
+    """Return at most `most` rows: means of as many neighbours as it takes; the last may be of fewer."""
     step = -(-len(values) // most)
     if step == 1:
         return values
     edges = np.arange(0, len(values), step)
-    if largest:
-        return np.asarray(np.maximum.reduceat(values, edges, axis=0))
     counts = np.diff([*edges, len(values)]).astype(np.float32)
     return np.asarray(np.add.reduceat(values, edges, axis=0) / counts[:, None])
-
-
-def figure_png(figure: Figure, dpi: int = 96) -> bytes:
-    """Return a figure as a PNG with a small, fixed palette and nothing else in it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from PIL import Image, ImageColor
-
-    canvas = FigureCanvasAgg(figure)
-    figure.set_dpi(dpi)
-    canvas.draw()
-    palette = Image.new("P", (1, 1))
-    greys = [round(n * 255 / (NUM_GREYS - 1)) for n in range(NUM_GREYS)]
-    palette.putpalette([value for grey in greys for value in (grey, grey, grey)] + _mixed(ImageColor.getrgb))
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())).convert("RGB")
-    buffer = io.BytesIO()
-    picture.quantize(palette=palette, dither=Image.Dither.NONE).save(buffer, format="png", optimize=True)
-    return buffer.getvalue()
-
-
-def _mixed(rgb_of: Callable[[str], tuple[int, ...]]) -> list[int]:
-    """Return our colours, each at full strength and half way to white, as a palette has them."""
-    return [value for name in (CENSORED, LINE) for share in (1.0, 0.5) for value in _towards_white(rgb_of(name), share)]
-
-
-def _towards_white(rgb: Sequence[int], share: float) -> list[int]:
-    return [round(255 - share * (255 - value)) for value in rgb[:3]]

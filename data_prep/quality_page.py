@@ -6,7 +6,6 @@ the rest. Its bytes depend on the report alone.
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from numpy.typing import NDArray
 
 from brainlm.dataset import SPLITS
 from brainlm.input_contract import InputContract
-from data_prep.carpet_plots import LINE, carpet_png, choose_recordings, figure_png
+from data_prep.carpet_plots import carpet_svg, choose_recordings
+from data_prep.histogram_plots import histograms_svg
 
 HISTOGRAMS = {
     "duration_s": "Kept time (s)",
@@ -40,7 +40,7 @@ MAX_REASON_CHARACTERS = 400
 MAX_WORST_PARCELS = 25
 STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}
 table{border-collapse:collapse;margin:.5rem 0 1.5rem}td,th{border-bottom:1px solid #ccc;padding:.2rem .8rem}
-th{text-align:left}td.n{text-align:right}h2{margin-top:2rem}img{max-width:100%}code{font-size:.9em}
+th{text-align:left}td.n{text-align:right}h2{margin-top:2rem}svg{max-width:100%}code{font-size:.9em}
 details{margin:.3rem 0}summary{cursor:pointer}details ul{font-size:.85em;overflow-wrap:anywhere}
 figure{margin:1rem 0}figcaption{font-size:.9em}"""
 
@@ -186,8 +186,6 @@ def _before(table: pd.DataFrame) -> str:
 
 def _distributions(table: pd.DataFrame) -> str:
     """Draw what varies; say in words what is unknown or the same everywhere."""
-    from matplotlib.figure import Figure
-
     shown, told = {}, []
     for name, label in HISTOGRAMS.items():
         values = table[name].dropna().to_numpy(dtype=float)
@@ -195,27 +193,15 @@ def _distributions(table: pd.DataFrame) -> str:
         # values that differ by rounding alone leave no room for the borders of a histogram's bins
         is_same = len(values) > 0 and np.ptp(values) <= 1e-9 * np.abs(values).max()
         if len(values) and not is_same:
-            shown[name] = values
+            shown[label] = values
         if unknown:
             told.append(f"{label}: unknown for {f'{unknown} of' if len(values) else 'all'} {len(table)} recordings")
         elif is_same:
             told.append(f"{label}: {values[0]:g} in every recording")
     if not shown:
         return _list(told)
-    num_rows = -(-len(shown) // 3)
-    figure = Figure(figsize=(9, 2.2 * num_rows))
-    space = 0.45 / (2.2 * num_rows)  # inches below and above
-    figure.subplots_adjust(left=0.07, right=0.99, bottom=space, top=1 - space / 4, hspace=0.4, wspace=0.25)
-    for number, (name, values) in enumerate(shown.items()):
-        axes = figure.add_subplot(num_rows, 3, number + 1)
-        axes.hist(values, bins=30, color=LINE)
-        axes.set_xlabel(HISTOGRAMS[name], fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-        if number % 3 == 0:
-            axes.set_ylabel("Recordings", fontsize=8)
-    labels = ", ".join(HISTOGRAMS[name] for name in shown)
-    return _picture(figure_png(figure), f"Histograms of {labels}") + (_list(told) if told else "")
+    drawn = histograms_svg(shown, f"Histograms of {', '.join(shown)}")
+    return drawn + (_list(told) if told else "")
 
 
 def _carpets(table: pd.DataFrame, report: QualityReport) -> str:
@@ -238,11 +224,9 @@ def _carpets(table: pd.DataFrame, report: QualityReport) -> str:
         bold, keep_mask = report.carpet(recording_id)
         missing = int(np.isnan(bold).all(axis=0).sum())
         facts = f"{len(bold)} timepoints, {int((~keep_mask).sum())} censored, {missing} parcels missing"
-        drawn = carpet_png(bold, keep_mask, report.contract.tr_s, networks)
+        drawn = carpet_svg(bold, keep_mask, report.contract.tr_s, networks, f"Carpet plot of {recording_id}")
         caption = f"{escape(recording_id)}: {escape(why)}; {facts}"
-        parts.append(
-            f"<figure>{_picture(drawn, f'Carpet plot of {recording_id}')}<figcaption>{caption}</figcaption></figure>"
-        )
+        parts.append(f"<figure>{drawn}<figcaption>{caption}</figcaption></figure>")
     return "\n".join(parts)
 
 
@@ -341,7 +325,3 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     body = "".join(f"<tr>{''.join(map(cell, row))}</tr>\n" for row in rows[:MAX_LISTED])
     more = f"<p>and {len(rows) - MAX_LISTED} more rows</p>" if len(rows) > MAX_LISTED else ""
     return f"<table><tr>{head}</tr>{body}</table>{more}"
-
-
-def _picture(png: bytes, words: str) -> str:
-    return f'<img alt="{escape(words)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">'

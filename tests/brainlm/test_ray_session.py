@@ -222,6 +222,9 @@ def test_a_task_that_is_killed_for_its_memory_is_not_tried_for_ever(tmp_path: Pa
 
 
 PROGRAM = """
+import signal
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a parent in the background ignores it
 import os, sys, time
 from brainlm.ray_session import fan_out, ray_session
 

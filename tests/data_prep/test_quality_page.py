@@ -1,9 +1,11 @@
 """The quality page: whole, small, the same bytes each time, and safe to open whatever the names in it are."""
 
 import base64
+import html
 import io
 import re
 import time
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import Image
 
 from brainlm.atlas import Atlas
 from brainlm.input_contract import InputContract
-from data_prep.carpet_plots import carpet_png, choose_recordings, order_by_network, z_scored
+from data_prep.carpet_plots import LIMIT, STRIP, carpet_svg, choose_recordings, order_by_network, z_scored
 from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED_COLUMNS, table_of
 from data_prep.quality_page import QualityReport, quality_page, reason_kind
 
@@ -111,10 +113,14 @@ def test_page_is_whole_and_has_the_same_bytes_each_time(rng):
     assert page == quality_page(report(np.random.default_rng(5), carpets=True)[0])
     assert not re.search(r"(?:src|href)=\"(?!data:)", page)
     assert "http" not in page
+    pictures = re.findall(r"<svg.*?</svg>", page, flags=re.S)
+    assert len(pictures) == 1 + 4  # the histograms and four carpets
+    for picture in pictures:
+        ElementTree.fromstring(picture)
     for picture in re.findall(r"base64,([^\"]*)", page):
         image = Image.open(io.BytesIO(base64.b64decode(picture)))
         image.load()
-        assert image.info.keys() <= {"transparency"}
+        assert image.info == {}
 
 
 def test_names_and_reasons_cannot_run_anything(rng):
@@ -204,25 +210,59 @@ def test_censored_timepoints_do_not_set_the_grey_scale(rng):
     assert z_scored(np.ones((9, 2), dtype=np.float32), np.ones(9, dtype=bool)).any() == np.False_
 
 
-def colours(png):
-    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(int)
+def greys(svg):
+    """Return the pixels of the one picture in an SVG, rows of parcels by columns of time."""
+    (encoded,) = re.findall(r"base64,([^\"]*)", svg)
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
+    assert picture.mode == "L"
+    return np.asarray(picture).astype(float)
+
+
+def runs_in_red(svg, num_timepoints):
+    """Return first and last timepoint, not included, of each red bar."""
+    bars = re.findall(rf"M([\d.]+) {STRIP.top}v{STRIP.height}h([\d.]+)v-{STRIP.height}z", svg)
+    scale = num_timepoints / STRIP.width
+    return [[(float(x) - STRIP.left) * scale, (float(x) + float(w) - STRIP.left) * scale] for x, w in bars]
+
+
+def test_a_pixel_of_a_carpet_is_a_parcel_at_a_time(rng):
+    bold = rng.normal(size=(60, P)).astype(np.float32)
+    bold[:, 3] = np.nan
+    keep_mask = np.arange(60) < 50
+    pixels = greys(carpet_svg(bold, keep_mask, 2.0, NETWORKS, "a"))
+    expected = z_scored(bold[:, [0, 7, 1, 4, 5, 2, 6]], keep_mask).T.clip(-LIMIT, LIMIT)
+    np.testing.assert_allclose(pixels / 255 * 2 * LIMIT - LIMIT, expected, atol=0.1)  # 32 greys
 
 
 def test_red_marks_lie_where_timepoints_are_censored(rng):
     bold = rng.normal(size=(200, P)).astype(np.float32)
     keep_mask = np.ones(200, dtype=bool)
-    keep_mask[150:] = False
-    picture = colours(carpet_png(bold, keep_mask, 2.0, None))
-    strip = picture[: len(picture) // 6, len(picture[0]) // 6 :]  # without the word to its left
-    red = np.flatnonzero(((strip[..., 0] - strip[..., 1]) > 80).any(axis=0)) + len(picture[0]) // 6
-    assert red.min() > 0.7 * len(picture[0])
-    everything = colours(carpet_png(bold, np.ones(200, dtype=bool), 2.0, None))
-    assert not ((everything[..., 0] - everything[..., 1]) > 80).any()
+    keep_mask[[0, 1, 77, 150, *range(160, 200)]] = False
+    drawn = carpet_svg(bold, keep_mask, 2.0, None, "a")
+    np.testing.assert_allclose(runs_in_red(drawn, 200), [[0, 2], [77, 78], [150, 151], [160, 200]], atol=0.05)
+    assert ">censored<" in drawn
+    everything = carpet_svg(bold, np.ones(200, dtype=bool), 2.0, None, "a")
+    assert runs_in_red(everything, 200) == []
+    assert "censored" not in everything
+
+
+def test_a_network_is_named_beside_its_parcels_and_divided_from_the_next(rng):
+    drawn = carpet_svg(rng.normal(size=(60, P)).astype(np.float32), np.ones(60, dtype=bool), 2.0, NETWORKS, "a")
+    names = [html.unescape(name) for name in re.findall(r"text-anchor=\"end\"[^>]*>(.*?)<", drawn)]
+    assert names == ["Vis", "Default", "Limbic", "no network"]
+    assert len(re.findall(r"M126 [\d.]+h720", drawn)) == 3
+    assert ">Parcels<" in carpet_svg(np.ones((60, P), dtype=np.float32), np.ones(60, dtype=bool), 2.0, None, "a")
+
+
+def test_recordings_without_any_parcel_or_with_one_timepoint_are_drawn(rng):
+    nothing = np.full((60, P), np.nan, dtype=np.float32)
+    assert "base64" not in carpet_svg(nothing, np.ones(60, dtype=bool), 2.0, NETWORKS, "a")
+    assert greys(carpet_svg(np.ones((1, P), dtype=np.float32), np.ones(1, dtype=bool), 2.0, None, "a")).shape == (P, 1)
 
 
 def test_a_long_recording_in_a_fine_atlas_gives_a_small_picture(rng):
     bold = rng.normal(size=(9000, 700)).astype(np.float32)
-    assert len(carpet_png(bold, np.ones(9000, dtype=bool), 0.5, None)) < 200_000
+    assert len(carpet_svg(bold, np.ones(9000, dtype=bool), 0.5, None, "a")) < 260_000
 
 
 def test_worst_covered_parcels_are_listed_first(rng):
