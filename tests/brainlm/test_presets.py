@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -20,6 +22,7 @@ from brainlm.testing import synthetic_atlas
 from brainlm.tokens import sample_hidden
 
 PAPER_PARCELS = 424
+ROW = r"^\| `([\w-]+)` \|" + r" ([^|]+) \|" * 7 + "$"
 
 
 def contract_of(num_parcels: int, config: ModelConfig) -> InputContract:
@@ -143,3 +146,19 @@ def test_no_more_tokens_are_decoded_than_are_hidden() -> None:
     config = preset("tiny")
     assert flops_per_window(config, 10, 0.5, 1000) == flops_per_window(config, 10, 0.5)
     assert flops_per_window(config, 10, 0.5, 5) < flops_per_window(config, 10, 0.5)
+
+
+def test_the_table_of_the_docs_is_what_the_code_says() -> None:
+    page = (Path(__file__).parents[2] / "docs/models.md").read_text()
+    rows = {row[0]: row[1:] for row in re.findall(ROW, page, re.MULTILINE)}
+    assert rows.keys() == PRESETS.keys()
+    for name, config in PRESETS.items():
+        width, layers, heads, tokens, parameters, full, cross = rows[name]
+        assert (int(width), int(heads)) == (config.width, config.num_heads)
+        assert layers == f"{config.depth} + {config.decoder_depth}"
+        num_rows = -(-PAPER_PARCELS // config.patch_parcels)
+        assert int(tokens.replace(",", "")) == num_rows * config.num_patches
+        assert int(parameters.replace(",", "")) == num_parameters(config, PAPER_PARCELS)
+        for decoder, found in (("full", full), ("cross", cross)):
+            flops = flops_per_window(replace(config, decoder=decoder), PAPER_PARCELS, 0.75)  # type: ignore[arg-type]
+            assert float(found.replace(",", "")) == pytest.approx(flops / 1e9, abs=0.5 if "." not in found else 0.05)
