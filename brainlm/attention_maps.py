@@ -72,11 +72,11 @@ def attention_maps(
     rows = slice(None) if queries is None else queries
     for number, block, x, memory, valid, query_ids, key_ids in _walk(model, windows, mask_BL, present_BP, part, wanted):
         q_in, k_in = block.attention_inputs(x, memory)
-        query, key = _query_key(block.attention, q_in[:, rows], k_in, heads)
+        query, key = query_key(block.attention, q_in[:, rows], k_in, heads)
         weights = query.new_empty(*query.shape[:3], key.shape[2])
         for start in range(0, query.shape[2], QUERY_BLOCK):
             part_rows = slice(start, start + QUERY_BLOCK)
-            weights[:, :, part_rows] = _softmax_weights(query[:, :, part_rows], key, valid)
+            weights[:, :, part_rows] = softmax_weights(query[:, :, part_rows], key, valid)
         found[number] = AttentionMap(weights, query_ids[:, rows], key_ids)
     return [found[number] for number in wanted]
 
@@ -119,10 +119,10 @@ def parcel_attention(
     key_parcel = torch.where(key_ids >= 0, key_ids // K, P)
     query_parcel = torch.where(query_ids >= 0, query_ids // K, P)
     total = torch.zeros(B, P + 1, P + 1, device=q_in.device)
-    query, key = _query_key(block.attention, q_in, k_in, None)
+    query, key = query_key(block.attention, q_in, k_in, None)
     for start in range(0, q_in.shape[1], QUERY_BLOCK):
         rows = slice(start, start + QUERY_BLOCK)
-        weights = _softmax_weights(query[:, :, rows], key, valid).mean(dim=1)  # (B, n, M)
+        weights = softmax_weights(query[:, :, rows], key, valid).mean(dim=1)  # (B, n, M)
         by_key = torch.zeros(B, weights.shape[1], P + 1, device=q_in.device)
         by_key.scatter_add_(2, key_parcel[:, None, :].expand_as(weights), weights)
         total.scatter_add_(1, query_parcel[:, rows, None].expand_as(by_key), by_key)
@@ -191,7 +191,7 @@ def _layer_numbers(model: BrainLM, part: str, layers: Sequence[int]) -> list[int
     return [layer % count for layer in layers]
 
 
-def _query_key(
+def query_key(
     attention: Attention, x_BND: Tensor, memory_BMD: Tensor, heads: Sequence[int] | None
 ) -> tuple[Tensor, Tensor]:
     """Return scaled q (B, H, N, E) and k (B, H, M, E) of the chosen heads, float32."""
@@ -204,7 +204,8 @@ def _query_key(
     return q.float() * q.shape[-1] ** -0.5, k.float()
 
 
-def _softmax_weights(q_BHnE: Tensor, k_BHME: Tensor, valid_BM: Tensor | None) -> Tensor:
+def softmax_weights(q_BHnE: Tensor, k_BHME: Tensor, valid_BM: Tensor | None) -> Tensor:
+    """Return softmax(q k^T) over the valid keys, (B, H, n, M); `q` is scaled already."""
     scores = q_BHnE @ k_BHME.transpose(-1, -2)
     if valid_BM is not None:
         scores = scores.masked_fill(~valid_BM[:, None, None, :], float("-inf"))

@@ -2,7 +2,7 @@
 
 Dimension letters: `B` windows, `N` query tokens, `M` key tokens, `D` width, `H` heads, `E` head width.
 Attention runs through `scaled_dot_product_attention`, which is flash attention on a GPU; on a CPU in bfloat16, where
-that is slow, through `BlockedAttention`. Attention weights are never read from the fast path: `attention_weights`
+that is slow, through `BlockedAttention`. Attention weights are never read from the fast path: `brainlm.attention_maps`
 recomputes them from q and k for the layers and queries that are asked for.
 """
 
@@ -106,15 +106,6 @@ class Attention(nn.Module):
         q = self._heads(self.query(x_BND))
         k, v = (self._heads(part) for part in self.key_value(memory_BMD).chunk(2, dim=-1))
         return self.out(attend(q, k, v, valid_BM).transpose(1, 2).flatten(2))
-
-    def attention_weights(self, x_BND: Tensor, memory_BMD: Tensor, valid_BM: Tensor | None = None) -> Tensor:
-        """Recompute softmax(q k^T / sqrt E) in float32 for the given queries: shape (B, H, N, M)."""
-        q = self._heads(self.query(x_BND)).float()
-        k = self._heads(self.key_value(memory_BMD).chunk(2, dim=-1)[0]).float()
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if valid_BM is not None:
-            scores = scores.masked_fill(~valid_BM[:, None, None, :], float("-inf"))
-        return scores.softmax(dim=-1)
 
 
 class Block(nn.Module):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from brainlm.attention_maps import query_key, softmax_weights
 from brainlm.layers import (
     QUERY_BLOCK,
     Attention,
@@ -142,7 +143,7 @@ def test_attention_weights_are_the_ones_that_attention_uses(valid: Tensor | None
     torch.manual_seed(0)
     layer = Attention(12, 3)
     x, memory = torch.randn(B, 5, 12), torch.randn(B, M, 12)
-    weights = layer.attention_weights(x, memory, valid)
+    weights = softmax_weights(*query_key(layer, x, memory, None), valid)
     assert weights.shape == (B, 3, 5, M)
     torch.testing.assert_close(weights.sum(dim=-1), torch.ones(B, 3, 5))
     if valid is not None:
