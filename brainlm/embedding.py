@@ -5,9 +5,20 @@ Nothing is hidden and the tokens are in order, so that an embedding is the same 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+from brainlm.atlas import Atlas
+from brainlm.errors import ConfigError, DataError
+from brainlm.input_contract import InputContract
+from brainlm.reading import ReadableModel, Statistics, as_recording, evaluating
+from brainlm.recording import Recording
+from brainlm.windows import Windows, cut_windows
 
 
 class Embedding(NamedTuple):
@@ -15,3 +26,104 @@ class Embedding(NamedTuple):
 
     cls: Tensor
     pooled: Tensor
+
+
+class Embeds(ReadableModel, Protocol):
+    """A model that embeds windows."""
+
+    def embed_windows(self, windows: Windows, /) -> Embedding: ...
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class RecordingEmbedding:
+    """Embeddings of the windows of one recording, in order of time.
+
+    Parameters
+    ----------
+    cls, pooled : ndarray, shape (N, D), float32
+        One row a window: the CLS token, and the mean over the others.
+    starts_s : ndarray, shape (N,), float64
+        Where each window begins, seconds from the first timepoint.
+    num_kept : ndarray, shape (N,), int64
+        Kept timepoints of each window.
+    """
+
+    cls: NDArray[np.float32]
+    pooled: NDArray[np.float32]
+    starts_s: NDArray[np.float64]
+    num_kept: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.starts_s)
+
+    @property
+    def mean_cls(self) -> NDArray[np.float32]:
+        """Shape (D,): mean over windows, each with the weight of its kept timepoints."""
+        return self._mean(self.cls)
+
+    @property
+    def mean_pooled(self) -> NDArray[np.float32]:
+        """Shape (D,): mean over windows, each with the weight of its kept timepoints."""
+        return self._mean(self.pooled)
+
+    def _mean(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        return np.average(rows.astype(np.float64), axis=0, weights=self.num_kept).astype(np.float32)
+
+
+def embed_recording(
+    model: Embeds,
+    recording: Recording | NDArray[Any],
+    *,
+    tr_s: float | None = None,
+    atlas: Atlas | None = None,
+    contract: InputContract | None = None,
+    statistics: Statistics = "contract",
+    native_tr: bool = False,
+    batch_size: int = 8,
+) -> RecordingEmbedding:
+    """Embed a recording by windows side by side, nothing hidden.
+
+    The last window is padded where the recording ends; what is padding is not looked at. A window without a kept
+    timepoint is left out.
+
+    Parameters
+    ----------
+    model : BrainLM, PublishedModel, or another with ``contract`` and ``embed_windows``
+        Read in evaluation mode, whatever mode it is in.
+    recording : Recording, or ndarray of shape (T, P)
+        Not centred or scaled: that is done here. Not modified.
+    tr_s, atlas, contract, statistics
+        What an array is, and how other parcels are scaled: see `brainlm.reading.as_recording`.
+    native_tr : bool
+        Accept another TR than the model's. A window then spans another time than those it was trained on.
+    batch_size : int
+        Windows fed at a time. Changes nothing but memory and time.
+
+    Raises
+    ------
+    DataError, ConfigError
+        As `brainlm.reading.as_recording` and `brainlm.windows.cut_windows`; ConfigError also if the recording has
+        other parcels and the weights are tied to one atlas.
+    """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
+    found, own = as_recording(
+        recording, model.contract, tr_s=tr_s, atlas=atlas, contract=contract, statistics=statistics
+    )
+    W = model.contract.window_len
+    starts = [start for start in range(0, found.num_timepoints, W) if found.keep_mask[start : start + W].any()]
+    windows = cut_windows(found, model.contract, own_contract=own, starts=starts, native_tr=native_tr)
+    if not bool(windows.present.any()):
+        raise DataError(f"{found.recording_id}: no parcel that the contract can scale carries signal")
+    cls, pooled = [], []
+    with evaluating(model) as device:
+        for first in range(0, len(windows), batch_size):
+            part = model.embed_windows(windows[first : first + batch_size].to(device))
+            cls.append(part.cls.float().cpu())
+            pooled.append(part.pooled.float().cpu())
+    return RecordingEmbedding(
+        cls=torch.cat(cls).numpy(),
+        pooled=torch.cat(pooled).numpy(),
+        starts_s=np.array(starts) * found.tr_s,
+        num_kept=windows.kept.sum(dim=1).numpy(),
+    )

@@ -51,20 +51,13 @@ tags:
 
 USE = """\
 ```python
-import torch
-
 from brainlm import BrainLM
-from brainlm.recording import Recording
-from brainlm.windows import cut_windows
 
 model = BrainLM.from_pretrained("PATH_OR_HUB_ID")
 model.contract  # what it must be fed: parcels and order, TR, filter, median and IQR
 
-# bold: (timepoints, parcels), float32, cleaned as the contract says
-recording = Recording(recording_id="rest", subject="", bold=bold, tr_s=model.contract.tr_s)
-windows = cut_windows(recording, model.contract)  # centred and scaled here
-with torch.inference_mode():
-    embedding = model.embed_windows(windows)
+# bold: (timepoints, parcels), cleaned as the contract says; centred and scaled inside
+embedding = model.embed(bold, tr_s=model.contract.tr_s)
 embedding.pooled  # one vector a window: mean over tokens; embedding.cls is the CLS token
 ```
 """

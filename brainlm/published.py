@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainlm import hub, input_contract
 from brainlm.checkpoint import CONFIG, MANIFEST, WEIGHTS
-from brainlm.embedding import Embedding
+from brainlm.embedding import Embedding, RecordingEmbedding, embed_recording
 from brainlm.errors import CheckpointError, ConfigError, DataError
+from brainlm.forecast import Forecast, forecast_recording
 from brainlm.input_contract import InputContract
 from brainlm.masking import MaskKind, make_mask
 from brainlm.official import MODEL_TYPE_13M, MODEL_TYPE_VIT, OfficialModel, load_official
@@ -36,6 +38,7 @@ from brainlm.official_contract import WINDOW_LEN, num_published_parcels
 from brainlm.official_layers import by_num_visible
 from brainlm.official_vitmae import VitMaeBrainLM, VitMaeFineTuned
 from brainlm.published_image import ImageLayout
+from brainlm.recording import Recording
 from brainlm.store import Store, sha256_of_file
 from brainlm.windows import Windows
 
@@ -297,6 +300,14 @@ class PublishedModel(nn.Module):
                 tokens = hidden.expand(len(rows), -1)
                 predicted[rows] = self._reconstruct_image(self.network, part, wanted[rows], tokens, zeroed)
         return predicted.float().masked_fill(~(wanted & present[:, :, None]), float("nan"))
+
+    def embed(self, recording: Recording | NDArray[Any], **options: Any) -> RecordingEmbedding:
+        """Embed a recording, one row a window, nothing hidden. See `brainlm.embedding.embed_recording`."""
+        return embed_recording(self, recording, **options)
+
+    def forecast(self, recording: Recording | NDArray[Any], horizon_s: float, **options: Any) -> Forecast:
+        """Forecast what follows a recording, in its own units. See `brainlm.forecast.forecast_recording`."""
+        return forecast_recording(self, recording, horizon_s, **options)
 
     def embed_windows(self, windows: Windows | Tensor) -> Embedding:
         """Return the embedding of whole windows; gradients flow. Nothing is hidden and the order of tokens is fixed.

@@ -114,6 +114,7 @@ def cut_windows(
     recording: Recording,
     contract: InputContract,
     *,
+    own_contract: InputContract | None = None,
     starts: Sequence[int] | None = None,
     native_tr: bool = False,
 ) -> Windows:
@@ -122,9 +123,12 @@ def cut_windows(
     Parameters
     ----------
     recording : Recording
-        Its columns are the parcels of `contract`.
+        Its columns are the parcels of `contract`, or of `own_contract` where that is given.
     contract : InputContract
-        Gives the statistics, the TR, and the length of windows and patches.
+        Of the model: gives the statistics, the TR, and the length of windows and patches.
+    own_contract : InputContract, optional
+        Of the data set that the recording is from: gives the statistics instead. If its parcels are not those of
+        `contract`, the windows carry their coordinates.
     starts : sequence of int, optional
         First timepoints. None: windows side by side over the whole recording, the last one padded where the recording
         ends (as is the only window of a short recording).
@@ -138,10 +142,11 @@ def cut_windows(
         If the columns or the TR do not fit the contract, nothing was kept, or a window would begin outside.
     """
     name = recording.recording_id
-    if recording.num_parcels != contract.atlas.num_parcels:
+    own = contract if own_contract is None else own_contract
+    if recording.num_parcels != own.atlas.num_parcels:
         raise DataError(
-            f"{name} has {recording.num_parcels} parcels, the contract ({contract.atlas.name}) has "
-            f"{contract.atlas.num_parcels}: parcellate it with that atlas, or say which atlas it has"
+            f"{name} has {recording.num_parcels} parcels, the contract ({own.atlas.name}) has "
+            f"{own.atlas.num_parcels}: parcellate it with that atlas, or say which atlas it has"
         )
     same_tr = abs(recording.tr_s - contract.tr_s) <= TR_TOLERANCE_S
     if not (same_tr or native_tr):
@@ -155,10 +160,10 @@ def cut_windows(
     if outside := [start for start in starts if not 0 <= start < T]:
         raise DataError(f"{name} has {T} timepoints: no window can begin at {outside[0]}")
     keep = recording.keep_mask
-    missing = recording.missing_parcels() | ~contract.usable
+    missing = recording.missing_parcels() | ~own.usable
     bold = np.where(missing, np.float32(0), recording.bold)
-    series = scale(centre(bold, keep), contract)
-    empty = np.where(contract.usable, -contract.median / np.where(contract.usable, contract.iqr, 1), 0)
+    series = scale(centre(bold, keep), own)
+    empty = np.where(own.usable, -own.median / np.where(own.usable, own.iqr, 1), 0)
     values = np.zeros((len(starts), recording.num_parcels, W), dtype=np.float32)
     kept = np.zeros((len(starts), W), dtype=bool)
     visible = np.ones((recording.num_parcels, W // contract.patch_len), dtype=bool)
@@ -172,6 +177,7 @@ def cut_windows(
         values=torch.from_numpy(values),
         present=present.clone(),
         kept=torch.from_numpy(kept),
+        coords_mm=torch.from_numpy(own.atlas.coords_mm.copy()) if contract.atlas.differences(own.atlas) else None,
         tr_s=None if same_tr else torch.full((len(starts),), recording.tr_s),
         starts=tuple(starts),
     )

@@ -19,6 +19,7 @@ from brainlm.masking import make_mask
 from brainlm.official import load_official, main
 from brainlm.official_contract import Gain, published_contract, read_contract
 from brainlm.published import PublishedModel, is_published
+from brainlm.recording import Recording
 from brainlm.testing import synthetic_atlas, write_synthetic_dataset
 from brainlm.windows import Windows, cut_windows, pad_windows
 from tests.brainlm.published_models import P, W, fine_tuned, normal, nystrom, vit, write
@@ -475,3 +476,19 @@ def test_the_gain_of_weights_that_were_trained_is_estimated(tmp_path: Path, caps
     assert 0.25 / 1.6 < found.manifest["gain"] < 0.25 * 1.6
     np.testing.assert_allclose(found.contract.iqr, dataset.contract.iqr / found.manifest["gain"], rtol=1e-5)
     assert "estimated; R2" in found.contract.flags[0]
+
+
+@pytest.mark.parametrize("make", [nystrom, vit])
+def test_recordings_are_embedded_and_forecast_as_by_models_of_our_own(make: Callable[..., Any]) -> None:
+    model = published(make())
+    num_parcels = model.num_parcels
+    bold = np.random.default_rng(0).normal(100, 4, (model.window_len + 60, num_parcels)).astype(np.float32)
+    found = model.embed(bold, tr_s=model.contract.tr_s)
+    recording = Recording(recording_id="rest", subject="", bold=bold, tr_s=model.contract.tr_s)
+    windows = cut_windows(recording, model.contract)
+    with torch.no_grad():
+        expected = model.embed_windows(windows)
+    np.testing.assert_allclose(found.pooled, expected.pooled.numpy(), rtol=1e-4, atol=1e-5)
+    forecast = model.forecast(bold, model.patch_len * model.contract.tr_s, tr_s=model.contract.tr_s)
+    assert forecast.bold.shape == (model.patch_len, num_parcels)
+    assert np.isfinite(forecast.bold).all()
