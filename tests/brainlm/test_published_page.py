@@ -36,5 +36,5 @@ def test_commands_and_examples_of_the_page_run(tmp_path: Path, capsys: pytest.Ca
     for block in blocks:
         exec(block, names)
     printed = capsys.readouterr().out
-    assert "torch.Size([2, 64]) torch.Size([2, 64])" in printed
+    assert "(2, 64) (2, 64)" in printed
     assert "1 recordings against the input contract of the model:" in printed
