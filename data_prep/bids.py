@@ -21,11 +21,14 @@ import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 from brainlm.errors import DataError, StoreError
 from brainlm.store import Store
 from data_prep.input_files import AT_ONCE, file_stamp, folder_of, is_url, join, list_remote
+from data_prep.packed_entries import PackedEntries
 from data_prep.phenotypes import Participants, join_subjects, no_participants, read_participants
 from data_prep.read_table import number
 from data_prep.settings import BidsSettings, SourceSettings
@@ -38,6 +41,7 @@ IMAGE = re.compile(r"sub-.*_bold\.(nii|nii\.gz|dtseries\.nii)")
 SIDECAR = re.compile(r"(.*_)?bold(\.dtseries)?\.json")
 CONFOUNDS = ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv")  # since, and before fMRIPrep 20.2
 READ_AT_ONCE = 1000  # sidecars
+RUNS_AT_ONCE = 1000
 Entities = dict[str, str | None]
 
 
@@ -46,7 +50,7 @@ class _Folder:
     """What lies in one folder of the tree, as far as it matters here."""
 
     images: list[str] = field(default_factory=list)
-    sidecars: list[tuple[str, Entities]] = field(default_factory=list)
+    sidecars: list[str] = field(default_factory=list)
     confounds: set[str] = field(default_factory=set)
 
 
@@ -74,58 +78,82 @@ def find_bids_recordings(settings: SourceSettings, split_column: str | None = No
     """
     root = settings.path
     folders, stamps = _list_folders(root)
-    runs: dict[str, list[_Image]] = {}
+    runs: dict[str, list[str]] = {}
     num_images = 0
     for path, entities in _images(folders):
         num_images += 1
         if settings.bids.task and entities.get("task") not in settings.bids.task:
             continue
-        runs.setdefault(_run_id(entities), []).append(_Image(path, entities, _refusal(path, entities, settings.bids)))
+        runs.setdefault(_run_id(entities), []).append(path)
     if not num_images:
         raise DataError(f"no sub-*/[ses-*/]func/*_bold.nii[.gz] under {root}{_hint(root)}")
-    chosen = {run_id: _choose(run_id, images) for run_id, images in sorted(runs.items())}
-    tr_s = _repetition_times(root, [image for image in chosen.values() if not image.refusal], folders)
     participants = _participants(settings, split_column)
-    entries = [
-        _entry(run_id, image, settings, folders, participants, tr_s.get(image.path), split_column)
-        for run_id, image in chosen.items()
-    ]
-    entries = [
-        replace(
-            entry,
-            file_stamp=_stamp(entry.file, root, stamps),
-            confounds_stamp=_stamp(entry.confounds, root, stamps),
-        )
-        for entry in entries
-    ]
+    entries = PackedEntries(_entries(runs, settings, folders, participants, stamps, split_column))
     subjects, notes = join_subjects((entry.subject for entry in entries), participants, settings.allow_unlisted)
     if not participants.is_given:
         notes.append("there is no participants.tsv: no phenotypes")
     return Source(entries, subjects, {"num_images": num_images}, notes)
 
 
-def _list_folders(root: str) -> tuple[dict[str, _Folder], dict[str, str]]:
-    """Return the folders that hold functional files or sidecars, and the stamps that a listing gave on the way."""
+def _entries(
+    runs: dict[str, list[str]],
+    settings: SourceSettings,
+    folders: dict[str, _Folder],
+    participants: Participants,
+    stamps: dict[str, str],
+    split_column: str | None,
+) -> Iterator[SourceEntry]:
+    """Yield the entries of the runs in the order of their ids. A block of runs is in memory, and what sidecars say."""
+    root, left, known = settings.path, iter(sorted(runs)), dict[str, "float | DataError | None"]()
+    while block := list(islice(left, RUNS_AT_ONCE)):
+        chosen = {
+            run_id: _choose(
+                run_id,
+                [_Image(path, _entities(path), _refusal(path, _entities(path), settings.bids)) for path in paths],
+            )
+            for run_id in block
+            for paths in [runs[run_id]]
+        }
+        fit = [image for image in chosen.values() if not image.refusal]
+        tr_s = _repetition_times(root, fit, folders, known)
+        for run_id, image in chosen.items():
+            entry = _entry(run_id, image, settings, folders, participants, tr_s.get(image.path), split_column)
+            yield replace(
+                entry,
+                file_stamp=_stamp(entry.file, root, stamps),
+                confounds_stamp=_stamp(entry.confounds, root, stamps),
+            )
+
+
+@lru_cache(maxsize=4 * RUNS_AT_ONCE)
+def _entities(path: str) -> Entities:
     from nilearn.interfaces.bids import parse_bids_filename
 
+    entities: Entities = parse_bids_filename(path)["entities"]
+    return entities
+
+
+def _list_folders(root: str) -> tuple[dict[str, _Folder], dict[str, str]]:
+    """Return the folders that hold functional files or sidecars, and the stamps that a listing gave on the way."""
     folders: dict[str, _Folder] = {}
     stamps: dict[str, str] = {}
     for path, stamp in _list_remote(root) if is_url(root) else _list_local(root):
         folder, _, name = path.rpartition("/")
         here = folders.setdefault(folder, _Folder())
         if SIDECAR.fullmatch(name):
-            entities: Entities = parse_bids_filename(name)["entities"]
-            here.sidecars.append((path, entities))
+            here.sidecars.append(path)
         elif folder.rpartition("/")[2] != "func":
             continue
         elif IMAGE.fullmatch(name):
             here.images.append(path)
-            stamps[path] = stamp
+            if stamp:
+                stamps[path] = stamp
         elif name.endswith(CONFOUNDS):
             here.confounds.add(path)
-            stamps[path] = stamp
+            if stamp:
+                stamps[path] = stamp
     for here in folders.values():
-        here.sidecars.sort(key=lambda item: (len(item[0]), item[0]))  # the less specific first
+        here.sidecars.sort(key=lambda path: (len(path), path))  # the less specific first
     return folders, stamps
 
 
@@ -171,11 +199,9 @@ def _list_remote(root: str) -> Iterator[tuple[str, str]]:
 
 
 def _images(folders: dict[str, _Folder]) -> Iterator[tuple[str, Entities]]:
-    from nilearn.interfaces.bids import parse_bids_filename
-
     for here in folders.values():
         for path in here.images:
-            entities: Entities = parse_bids_filename(path)["entities"]
+            entities = _entities(path)
             if entities.get("part") != "phase":  # the phase of the signal is no BOLD
                 yield path, entities
 
@@ -320,9 +346,12 @@ def _stamp(path: str, root: str, stamps: dict[str, str]) -> str:
 
 
 def _repetition_times(
-    root: str, images: list[_Image], folders: dict[str, _Folder]
+    root: str, images: list[_Image], folders: dict[str, _Folder], known: dict[str, float | DataError | None]
 ) -> dict[str, float | DataError | None]:
-    """Return RepetitionTime of each image by the BIDS inheritance principle: the sidecar nearest to it wins."""
+    """Return RepetitionTime of each image by the BIDS inheritance principle: the sidecar nearest to it wins.
+
+    What sidecars say is in `known`, and added to it, so that each is read once.
+    """
     of_image = {}
     for image in images:
         parts = image.path.split("/")[:-1]
@@ -331,16 +360,17 @@ def _repetition_times(
             path
             for folder in above
             if folder in folders
-            for path, theirs in folders[folder].sidecars
-            if all(image.entities.get(key) == value for key, value in theirs.items())
+            for path in folders[folder].sidecars
+            if all(image.entities.get(key) == value for key, value in _entities(path).items())
         ]
-    values = _read_sidecars(root, sorted({path for paths in of_image.values() for path in paths}))
+    unread = {path for paths in of_image.values() for path in paths if path not in known}
+    known |= _read_sidecars(root, sorted(unread))
     found: dict[str, float | DataError | None] = {}
     for image_path, paths in of_image.items():
         tr_s: float | DataError | None = None
         for path in paths:
-            if values[path] is not None:
-                tr_s = values[path]
+            if known[path] is not None:
+                tr_s = known[path]
         found[image_path] = tr_s
     return found
 

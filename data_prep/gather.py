@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -12,7 +13,7 @@ from brainlm.input_contract import InputContract
 from data_prep.atlas_image import AtlasImage
 from data_prep.finish import Contents
 from data_prep.held_dataset import HeldDataset
-from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED_COLUMNS
+from data_prep.parquet_tables import RECORDING_COLUMNS, REJECTED_COLUMNS, give_back_memory
 from data_prep.settings import PrepareSettings
 from data_prep.source_entry import Source
 from data_prep.sources import inputs_hash
@@ -30,7 +31,7 @@ def gather(
     subjects: pd.DataFrame,
     contract: InputContract,
     shards: dict[str, list[dict[str, Any]]],
-    items: list[SplitItem],
+    items: Sequence[SplitItem],
     notes: list[str],
 ) -> Contents:
     """Return the contents of the data set: `table` and `refused` are new, `held` is what it had before.
@@ -49,7 +50,10 @@ def gather(
         "processing": resolved.processing_tree(),
     }
     duplicates = find_duplicates(items)
-    folds, fold_notes = leave_one_out_folds(items, [item.site for item in items])
+    by_fold, fold_notes = leave_one_out_folds(items, [item.site for item in items])
+    folds = folds_table(by_fold)
+    del by_fold
+    give_back_memory()
     recordings, rejected, cohorts, warnings = (
         table,
         refused,
@@ -73,7 +77,7 @@ def gather(
         recordings=recordings,
         rejected=rejected[list(REJECTED_COLUMNS)],
         subjects=subjects[subjects["subject"].isin(set(recordings["subject"]))].reset_index(drop=True),
-        folds=folds_table(folds),
+        folds=folds,
         contract=contract,
         shards=shards,
         cohorts=cohorts,
@@ -85,8 +89,10 @@ def gather(
 
 def folds_table(folds: dict[str, list[str]]) -> pd.DataFrame:
     """Return columns ``recording_id`` and ``fold`` (the site or sites left out together), by id."""
-    rows = sorted((recording_id, name) for name, ids in folds.items() for recording_id in ids)
-    return pd.DataFrame(rows, columns=["recording_id", "fold"], dtype="string")
+    fold_of = {recording_id: name for name, ids in folds.items() for recording_id in ids}
+    ids = sorted(fold_of)
+    columns = {"recording_id": ids, "fold": [fold_of[recording_id] for recording_id in ids]}
+    return pd.DataFrame(columns, dtype="string")
 
 
 def find_warnings(

@@ -6,18 +6,22 @@ The table, the files, or both may lie on object storage.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 
 from brainlm.errors import DataError
-from data_prep.input_files import folder_of, join, relative_source, stamps_of
+from data_prep.input_files import file_stamp, folder_of, is_url, join, relative_source, stamps_of
+from data_prep.packed_entries import PackedEntries
 from data_prep.phenotypes import Participants, join_subjects, read_participants, subject_label, subject_rows
 from data_prep.read_table import category, number, read_table, text
 from data_prep.settings import ColumnNames, SourceSettings
 from data_prep.source_entry import Source, SourceEntry
 from data_prep.words import denoised_by, recording_id_of, space_of
+
+ROWS_AT_ONCE = 1000  # as mappings they are ten times as large as in a table
 
 
 def _pattern_columns(pattern: str) -> list[str]:
@@ -61,14 +65,9 @@ def find_listed_recordings(settings: SourceSettings, split_column: str | None = 
             "source.columns, source.phenotypes and splits.column"
         )
     root = settings.root if settings.root is not None else folder_of(settings.path)
-    entries = [
-        _table_entry(row, columns, settings, root, participants, split_column) for row in table.to_dict("records")
-    ]
-    stamps = stamps_of(name for entry in entries for name in (entry.file, entry.confounds))
-    entries = [
-        replace(entry, file_stamp=stamps.get(entry.file, ""), confounds_stamp=stamps.get(entry.confounds, ""))
-        for entry in entries
-    ]
+    entries = PackedEntries(_entries(table, columns, settings, root, participants, split_column))
+    if any(is_url(name) for entry in entries for name in (entry.file, entry.confounds)):
+        entries = PackedEntries(_with_remote_stamps(entries))
     if participants is not None:
         rows, notes = join_subjects((e.subject for e in entries), participants, settings.allow_unlisted)
         return Source(entries, rows, {"num_rows": len(table)}, notes)
@@ -76,6 +75,34 @@ def find_listed_recordings(settings: SourceSettings, split_column: str | None = 
     for name in phenotypes:
         subjects[name] = table[name].to_numpy(copy=True) if table[name].dtype != object else table[name].tolist()
     return Source(entries, subject_rows(subjects, phenotypes), {"num_rows": len(table)})
+
+
+def _entries(
+    table: pd.DataFrame,
+    columns: ColumnNames,
+    settings: SourceSettings,
+    root: str,
+    participants: Participants | None,
+    split_column: str | None,
+) -> Iterator[SourceEntry]:
+    for first in range(0, len(table), ROWS_AT_ONCE):
+        for row in table.iloc[first : first + ROWS_AT_ONCE].to_dict("records"):
+            yield _table_entry(row, columns, settings, root, participants, split_column)
+
+
+def _with_remote_stamps(entries: PackedEntries) -> Iterator[SourceEntry]:
+    """Yield the entries with the stamps of what lies on object storage, which is listed before the first."""
+    stamps = stamps_of(name for entry in entries for name in (entry.file, entry.confounds) if is_url(name))
+    for entry in entries:
+        yield replace(
+            entry,
+            file_stamp=entry.file_stamp or stamps.get(entry.file, ""),
+            confounds_stamp=entry.confounds_stamp or stamps.get(entry.confounds, ""),
+        )
+
+
+def _local_stamp(path: str) -> str:
+    return "" if is_url(path) else file_stamp(path)
 
 
 def _table_entry(
@@ -102,6 +129,7 @@ def _table_entry(
             split = participants.split(split_column, subject)
     file = _fill(columns.file, row)
     path = join(root, file)
+    confounds = join(root, _fill(columns.confounds, row))
     denoised = category(row[columns.denoised]) if columns.denoised else ""
     return SourceEntry(
         recording_id=recording_id,
@@ -111,9 +139,11 @@ def _table_entry(
         space=space_of(file) or settings.space or "",
         tr_s=number(row[columns.tr_s], f"{recording_id}: {columns.tr_s}") if columns.tr_s else settings.tr_s,
         tr_from=f"column {columns.tr_s}" if columns.tr_s else "source.tr_s",
-        confounds=join(root, _fill(columns.confounds, row)),
+        confounds=confounds,
         mean_fd_mm=mean_fd_mm,
         denoised=denoised or denoised_by(file) or settings.denoised or "",
         split=split,
+        file_stamp=_local_stamp(path),
+        confounds_stamp=_local_stamp(confounds),
         refusal="" if file else "the table names no file",
     )

@@ -124,14 +124,15 @@ def make_contract(
     Statistics come from the train recordings alone, or from `given`; the cohort's own are then compared with them.
     """
     own = settings.statistics != "contract" and (given is None or settings.statistics == "cohort")
-    train = table[table["split"] == "train"]
-    if own and train.empty:
+    is_train = (table["split"] == "train").to_numpy(dtype=bool)
+    if own and not is_train.any():
         raise DataError("no recordings to train on, so there is nothing to compute median and IQR from")
-    measured = train if len(train) else table
-    covered, median, iqr = compute_statistics(
-        staging, measured[["recording_id"]].to_dict("records"), atlas.atlas.num_parcels, run
-    )
-    who = f"{len(measured)} {'train ' if len(train) else ''}recordings ({measured['subject'].nunique()} subjects)"
+    measured = table[["recording_id", "subject"]]  # a part of all columns would be a second table in memory
+    measured = measured[is_train] if is_train.any() else measured
+    rows = [{"recording_id": recording_id} for recording_id in measured["recording_id"]]
+    covered, median, iqr = compute_statistics(staging, rows, atlas.atlas.num_parcels, run)
+    del rows
+    who = f"{len(measured)} {'train ' if is_train.any() else ''}recordings ({measured['subject'].nunique()} subjects)"
     contract = InputContract(
         atlas=atlas.atlas,
         covered=covered,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import tempfile
+from array import array
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import pandas as pd
 
 from brainlm.errors import DataError
 from brainlm.store import Store
+from data_prep.packed_values import pack, unpack
 
 RECORDINGS, SUBJECTS, REJECTED, FOLDS = "recordings.parquet", "subjects.parquet", "rejected.parquet", "folds.parquet"
 MEASURED_COLUMNS = {
@@ -56,6 +59,23 @@ REJECTED_COLUMNS = dict.fromkeys(("recording_id", "subject", "source", "stage", 
 ROWS_PER_BATCH = 1000  # rows as mappings are ten times as large as in a table
 
 
+def keep_arrow_small() -> None:
+    """Let Arrow take memory from the system's allocator for the rest of the process.
+
+    Its own keeps what was freed, which doubles the memory of the tables of 100,000 recordings.
+    """
+    import pyarrow
+
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+
+
+def give_back_memory() -> None:
+    """Give what was freed back to the system: the allocator keeps what many small things have left between others."""
+    import pyarrow
+
+    pyarrow.system_memory_pool().release_unused()
+
+
 def table_of(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pd.DataFrame:
     """Return chosen columns of rows, with fixed types also where there is no row."""
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in columns.items()})
@@ -67,8 +87,8 @@ class RowBatches:
     def __init__(self, columns: dict[str, str]) -> None:
         self._columns = columns
         self._rows: list[Mapping[str, Any]] = []
-        self._positions: list[int] = []
-        self._tables: list[pd.DataFrame] = []
+        self._positions = array("q")
+        self._packed: dict[str, list[bytes]] = {name: [] for name in columns}
 
     def add(self, position: int, row: Mapping[str, Any]) -> None:
         self._positions.append(position)
@@ -77,24 +97,35 @@ class RowBatches:
             self._pack()
 
     def table(self) -> pd.DataFrame:
+        """Return all rows. Nothing can be added afterwards: what was gathered is given up, not held twice."""
         self._pack()
-        order = np.argsort(np.asarray(self._positions, dtype=np.int64))
-        return pd.concat(self._tables, ignore_index=True).take(order).reset_index(drop=True)
+        order = np.argsort(np.asarray(self._positions, dtype=np.int64), kind="stable").tolist()
+        table = {}
+        for name, kind in self._columns.items():  # one by one, so that only one of them is there twice
+            values = [value for packed in self._packed.pop(name) for value in unpack(packed)]
+            table[name] = pd.Series([values[row] for row in order], dtype=kind)
+            del values
+        give_back_memory()
+        return pd.DataFrame(table)
 
     def _pack(self) -> None:
-        if self._rows or not self._tables:
-            self._tables.append(table_of(self._rows, self._columns))
-            self._rows = []
+        for name, packed in self._packed.items():
+            packed.append(pack([row[name] for row in self._rows]))
+        self._rows = []
 
 
 def write_parquet(store: Store, name: str, table: pd.DataFrame) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    buffer = io.BytesIO()
     arrow = pyarrow.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
-    pyarrow.parquet.write_table(arrow, buffer)
-    store.write_bytes(name, buffer.getvalue())
+    # Pages end where a piece of a column ends, and pieces tell in which order recordings were finished.
+    arrow = arrow.combine_chunks()
+    with tempfile.TemporaryFile() as file:  # in memory, what is written would be there twice while it grows
+        pyarrow.parquet.write_table(arrow, file)
+        del arrow
+        file.seek(0)
+        store.write_bytes(name, file.read())
 
 
 def read_parquet(store: Store, name: str) -> pd.DataFrame:

@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from brainlm.errors import DataError
 from data_prep.input_files import Found, check_pattern, fields_of, file_stamp, find_files, join
+from data_prep.packed_entries import PackedEntries
 from data_prep.phenotypes import join_subjects, no_participants, read_participants
 from data_prep.settings import SourceSettings
 from data_prep.source_entry import Source, SourceEntry
@@ -43,8 +44,8 @@ def find_pattern_recordings(settings: SourceSettings, split_column: str | None =
     reference_stamp = file_stamp(settings.warp_reference) if settings.warp_reference else ""
     if settings.warp_reference and not reference_stamp:
         raise DataError(f"there is no source.warp_reference {settings.warp_reference}")
-    entries: list[SourceEntry] = []
-    for item in found:
+
+    def entry_of(item: Found) -> SourceEntry:
         words = dict.fromkeys(("subject", "session", "task", "run", "site"), "") | item.fields
         words["subject"] = subject = words["subject"].removeprefix("sub-")
         table, warp = confounds.of(item), warps.of(item)
@@ -79,7 +80,9 @@ def find_pattern_recordings(settings: SourceSettings, split_column: str | None =
                 warp_reference=settings.warp_reference,
                 warp_reference_stamp=reference_stamp,
             )
-        entries.append(entry)
+        return entry
+
+    entries = PackedEntries(map(entry_of, found))
     subjects, notes = join_subjects((entry.subject for entry in entries), participants, settings.allow_unlisted)
     return Source(entries, subjects, {"num_files": len(found)}, notes)
 

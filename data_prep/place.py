@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import numpy as np
 import pandas as pd
@@ -10,44 +11,82 @@ import pandas as pd
 from brainlm.dataset import SPLITS
 from brainlm.errors import BrainLMError, ConfigError
 from data_prep.held_dataset import HeldDataset
-from data_prep.parquet_tables import REJECTED_COLUMNS
+from data_prep.parquet_tables import REJECTED_COLUMNS, give_back_memory
 from data_prep.read_table import text
 from data_prep.settings import PrepareSettings
 from data_prep.source_entry import Source, SourceEntry
 from data_prep.splits import SplitItem, assign_splits
 
 SITE = "site"
+ITEMS_AT_ONCE = 1000
+
+
+class SplitItems(Sequence[SplitItem]):
+    """The items of a table's recordings, each made anew when asked for: the table holds all their text already.
+
+    Only series that several recordings have are named. The block that was read last stays open.
+    """
+
+    def __init__(self, table: pd.DataFrame, groups: list[str], given: Mapping[str, str]) -> None:
+        series = table["series_sha256"].astype("string")
+        self._columns = [table["recording_id"], table["subject"], table[SITE]]
+        self._columns.append(series.where(series.duplicated(keep=False), ""))
+        self._groups, self._given = groups, given
+        self._open: tuple[int, list[SplitItem]] = -1, []
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @overload
+    def __getitem__(self, index: int) -> SplitItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SplitItem]: ...
+    def __getitem__(self, index: int | slice) -> SplitItem | Sequence[SplitItem]:
+        if isinstance(index, slice):
+            return [self[position] for position in range(*index.indices(len(self)))]
+        number, row = divmod(range(len(self))[index], ITEMS_AT_ONCE)
+        if self._open[0] != number:
+            self._open = number, list(self._block(number))
+        return self._open[1][row]
+
+    def __iter__(self) -> Iterator[SplitItem]:
+        for number in range(-(-len(self) // ITEMS_AT_ONCE)):
+            yield from self._block(number)
+
+    def _block(self, number: int) -> Iterator[SplitItem]:
+        rows = slice(number * ITEMS_AT_ONCE, (number + 1) * ITEMS_AT_ONCE)
+        columns = [column.iloc[rows].tolist() for column in self._columns]
+        for group, recording_id, subject, site, series_sha256 in zip(self._groups[rows], *columns):
+            yield SplitItem(
+                recording_id=recording_id,
+                subject=subject,
+                group=group,
+                series_sha256=series_sha256,
+                site=site,
+                given=self._given.get(recording_id, ""),
+            )
 
 
 def place_in_splits(
     settings: PrepareSettings,
     table: pd.DataFrame,
     subjects: pd.DataFrame,
-    entries: list[SourceEntry],
+    entries: Sequence[SourceEntry],
     held: HeldDataset | None,
-) -> tuple[pd.DataFrame, pd.DataFrame, list[SplitItem]]:
+) -> tuple[pd.DataFrame, pd.DataFrame, Sequence[SplitItem]]:
     """Give each recording its split.
 
     Returns
     -------
     table, refused : DataFrame
         Recordings with their column ``split``, and rows for those that would join what is in different splits already.
-    items : list of SplitItem
+    items : sequence of SplitItem
         Of all recordings, those of `held` included.
     """
-    given = {entry.recording_id: entry.split for entry in entries}
+    given = {entry.recording_id: entry.split for entry in entries if entry.split}
     both = table if held is None else pd.concat([held.recordings, table], ignore_index=True)
-    items = [
-        SplitItem(recording_id=recording_id, subject=subject, group=group, series_sha256=sha256, site=site, given=split)
-        for recording_id, subject, group, sha256, site, split in zip(
-            both["recording_id"],
-            both["subject"],
-            _groups(settings, both, subjects),
-            both["series_sha256"],
-            both[SITE],
-            [given.get(recording_id, "") for recording_id in both["recording_id"]],
-        )
-    ]
+    items = SplitItems(both, _groups(settings, both, subjects), given)
+    del both
     placed = {} if held is None else dict(zip(held.recordings["recording_id"], held.recordings["split"]))
     split_of, reasons = assign_splits(items, settings.splits, placed)
     fine = ~table["recording_id"].isin(list(reasons))
@@ -55,9 +94,11 @@ def place_in_splits(
     refused["stage"] = "splits"
     refused["reason"] = [reasons[recording_id] for recording_id in refused["recording_id"]]
     refused = refused.reindex(columns=list(REJECTED_COLUMNS))
-    table = table[fine].reset_index(drop=True)
+    table = (table if fine.all() else table[fine]).reset_index(drop=True)
     table["split"] = pd.Series([split_of[recording_id] for recording_id in table["recording_id"]], dtype="string")
-    return table, refused, [item for item in items if item.recording_id not in reasons]
+    del split_of
+    give_back_memory()
+    return table, refused, items if not reasons else [item for item in items if item.recording_id not in reasons]
 
 
 def splits_in_advance(settings: PrepareSettings, source: Source) -> str:

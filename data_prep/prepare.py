@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -44,6 +45,7 @@ from data_prep.make_contract import (
     with_contract,
 )
 from data_prep.one_recording import Recipe, prepare_recording, refused_row
+from data_prep.packed_entries import EntryTasks, PackedEntries
 from data_prep.parquet_tables import (
     MEASURED_COLUMNS,
     RECORDING_COLUMNS,
@@ -110,7 +112,9 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
     entries, notes = source.entries, [*source.warnings, *atlas.warnings]
     if held is not None:
         settings = for_addition(held, settings)
-        entries, num_withdrawn = new_entries(held, source)
+        fresh, num_withdrawn = new_entries(held, source)
+        entries = PackedEntries(fresh)
+        del fresh
         if num_withdrawn:
             notes.append(f"{num_withdrawn} recordings of withdrawn subjects were left out")
         if not entries:
@@ -162,7 +166,7 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
 
 def prepare_recordings(
     settings: PrepareSettings,
-    entries: list[SourceEntry],
+    entries: Sequence[SourceEntry],
     atlas: AtlasImage,
     staging: Store,
     run: Workers,
@@ -183,6 +187,7 @@ def prepare_recordings(
         counts = sorted({f"{value:g} s" for value in table["source_tr_s"]})
         if len(counts) > 1:
             print(f"several repetition times ({', '.join(counts)}): resampling to the longest, {tr_s:g} s")
+        del table, refused  # or there would be two of each in memory
         table, refused = _stage_all(settings, tr_s, entries, atlas, staging, run, log)
         check_refused(settings, entries, refused, listed, known_refused)
     table["tr_s"] = tr_s  # headers and sidecars differ by rounding
@@ -192,7 +197,7 @@ def prepare_recordings(
 def _stage_all(
     settings: PrepareSettings,
     target_tr_s: float | None,
-    entries: list[SourceEntry],
+    entries: Sequence[SourceEntry],
     atlas: AtlasImage,
     staging: Store,
     run: Workers,
@@ -211,7 +216,7 @@ def _stage_all(
     )
     known_when_refused = {name: kind for name, kind in REJECTED_COLUMNS.items() if name not in ("cohort", "addition")}
     prepared, refused = RowBatches(MEASURED_COLUMNS), RowBatches(known_when_refused)
-    tasks = [(recipe, entry) for entry in entries]
+    tasks = EntryTasks(recipe, entries)
 
     def lost(position: int, why: str) -> dict[str, Any]:  # a recording that kills every worker must not end the work
         return refused_row(entries[position], "internal", why) | {"reused": False}
@@ -223,7 +228,7 @@ def _stage_all(
 
 
 def check_refused(
-    settings: PrepareSettings, entries: list[SourceEntry], refused: pd.DataFrame, listed: str, known: set[str]
+    settings: PrepareSettings, entries: Sequence[SourceEntry], refused: pd.DataFrame, listed: str, known: set[str]
 ) -> None:
     """Raise `DataError` when too many recordings were refused for the data set to be what was asked for.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,7 +54,7 @@ class SourceEntry:
 class Source:
     """All recordings, in the order of their ids, and one row of phenotypes a subject."""
 
-    entries: list[SourceEntry]
+    entries: Sequence[SourceEntry]
     subjects: pd.DataFrame
     description: dict[str, Any]
     warnings: list[str] = field(default_factory=list)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
 
 import pandas as pd
@@ -17,6 +17,8 @@ from data_prep.bids import find_bids_recordings
 from data_prep.input_files import size_of
 from data_prep.listed_files import find_listed_recordings
 from data_prep.open_cohorts import find_open_recordings
+from data_prep.packed_entries import sorted_by_id
+from data_prep.parquet_tables import give_back_memory, keep_arrow_small
 from data_prep.pattern_files import find_pattern_recordings
 from data_prep.settings import SourceSettings
 from data_prep.source_entry import MAX_LISTED, Source, SourceEntry
@@ -55,21 +57,24 @@ def find_recordings(settings: SourceSettings, split_column: str | None = None) -
     StoreError
         If storage cannot be listed.
     """
+    keep_arrow_small()
     source = FINDERS[settings.kind](settings, split_column)
     if not source.entries:
         raise DataError(f"no recordings in {settings.path}")
     _check_ids(source.entries, settings.path)
     if split_column is not None:
         _check_splits(source.entries, split_column, settings.path)
+    entries = sorted_by_id(source.entries)
+    give_back_memory()
     return Source(
-        entries=sorted(source.entries, key=lambda entry: entry.recording_id),
+        entries=entries,
         subjects=source.subjects,
         description={"kind": settings.kind, "path": settings.path, **source.description},
         warnings=source.warnings,
     )
 
 
-def inputs_hash(entries: list[SourceEntry], subjects: pd.DataFrame) -> str:
+def inputs_hash(entries: Iterable[SourceEntry], subjects: pd.DataFrame) -> str:
     """Identify what goes in by ids, table values and the size of every file; not by where or how old the files are.
 
     Memory does not grow with the number of recordings.
@@ -91,9 +96,11 @@ def inputs_hash(entries: list[SourceEntry], subjects: pd.DataFrame) -> str:
     return digest.hexdigest()
 
 
-def _check_ids(entries: list[SourceEntry], where: str) -> None:
+def _check_ids(entries: Sequence[SourceEntry], where: str) -> None:
     unfit: dict[str, None] = {}
+    ids = []
     for entry in entries:
+        ids.append(entry.recording_id)
         for what, value in (("recording id", entry.recording_id), ("subject", entry.subject)):
             try:
                 check_recording_id(value)
@@ -104,10 +111,10 @@ def _check_ids(entries: list[SourceEntry], where: str) -> None:
             f"{where}: expected ids of letters, digits, '-' and '_' without dots, slashes or blanks; found "
             f"{', '.join(list(unfit)[:MAX_LISTED])}"
         )
-    if too_long := [entry.recording_id for entry in entries if len(entry.recording_id) > MAX_ID_LENGTH]:
+    if too_long := [recording_id for recording_id in ids if len(recording_id) > MAX_ID_LENGTH]:
         raise DataError(f"{where}: recording ids can have at most {MAX_ID_LENGTH} characters, found {too_long[0]!r}")
-    counts = Counter(entry.recording_id for entry in entries)
-    if len(counts) < len(entries):
+    if len(set(ids)) < len(ids):
+        counts = Counter(ids)
         files = sorted(f"{e.recording_id} ({e.source})" for e in entries if counts[e.recording_id] > 1)
         raise DataError(
             f"{where}: recording ids must be unique, found twice: {', '.join(files[:MAX_LISTED])}. Name the columns or "
@@ -115,7 +122,7 @@ def _check_ids(entries: list[SourceEntry], where: str) -> None:
         )
 
 
-def _check_splits(entries: list[SourceEntry], column: str, where: str) -> None:
+def _check_splits(entries: Sequence[SourceEntry], column: str, where: str) -> None:
     wrong = [entry for entry in entries if entry.split not in ("", *SPLITS)]
     if wrong:
         listed = ", ".join(f"{entry.recording_id} ({entry.split!r})" for entry in wrong[:MAX_LISTED])

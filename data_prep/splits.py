@@ -6,6 +6,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 from brainlm.dataset import SPLITS
 from brainlm.errors import DataError
@@ -19,8 +20,8 @@ KINDS = ("subject", "group", "series")
 class SplitItem:
     """What the split of one recording depends on.
 
-    ``group`` is "" where the recording's own is unknown, ``site`` likewise; ``given`` is the split that the user's
-    table says, "" = none.
+    ``group`` is "" where the recording's own is unknown, ``site`` likewise; ``series_sha256`` may be "" where no other
+    recording has the same series; ``given`` is the split that the user's table says, "" = none.
     """
 
     recording_id: str
@@ -38,7 +39,7 @@ class SplitItem:
 
 def find_duplicates(items: Sequence[SplitItem]) -> list[list[str]]:
     """Return the ids of recordings that hold the same series, one sorted list a series."""
-    counts = Counter(item.series_sha256 for item in items)
+    counts = Counter(item.series_sha256 for item in items if item.series_sha256)
     by_series: dict[str, list[str]] = {}
     for item in items:
         if counts[item.series_sha256] > 1:
@@ -86,7 +87,7 @@ def assign_splits(
         the column gives the splits.
     """
     placed = placed or {}
-    fresh = [item for item in items if item.recording_id not in placed]
+    fresh = _Chosen(items, _by_id(items, placed))
     if settings.column is not None:
         _check_given(fresh, settings.column)
     if settings.test_sites and not placed:
@@ -97,7 +98,7 @@ def assign_splits(
         if item.recording_id in placed:
             _merge(joined, split_at, item, placed[item.recording_id])
     reasons: dict[str, str] = {}
-    for item in sorted(fresh, key=lambda item: item.recording_id):
+    for item in fresh:
         wanted = _wanted(item, settings)
         if placed and (reason := _contradiction(joined, split_at, item, wanted, settings)):
             reasons[item.recording_id] = reason
@@ -199,6 +200,31 @@ def leave_one_out_folds(items: Sequence[SplitItem], by: Sequence[str]) -> tuple[
     return {name: sorted(folds[name]) for name in sorted(folds)}, notes
 
 
+class _Chosen(Sequence[SplitItem]):
+    """Some of the items in an order of their own, none of them held."""
+
+    def __init__(self, items: Sequence[SplitItem], positions: Sequence[int]) -> None:
+        self._items, self._positions = items, positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @overload
+    def __getitem__(self, index: int) -> SplitItem: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[SplitItem]: ...
+    def __getitem__(self, index: int | slice) -> SplitItem | Sequence[SplitItem]:
+        if isinstance(index, slice):
+            return _Chosen(self._items, self._positions[index])
+        return self._items[self._positions[index]]
+
+
+def _by_id(items: Sequence[SplitItem], left_out: Mapping[str, str]) -> list[int]:
+    """Return the positions of the items that are not left out, in the order of their ids."""
+    ids = [item.recording_id for item in items]
+    return sorted((n for n, name in enumerate(ids) if name not in left_out), key=ids.__getitem__)
+
+
 class _Joined:
     """Sets of subjects, groups and series that recordings have joined (union-find over small integers)."""
 
@@ -283,6 +309,7 @@ def _by_hash(name: str, settings: SplitSettings) -> str:
 
 
 def _check_given(items: Sequence[SplitItem], column: str) -> None:
+    """Check the splits of items that are in the order of their ids."""
     without = [f"{item.recording_id} ({item.given or 'empty'})" for item in items if item.given not in SPLITS]
     if without:
         raise DataError(
@@ -291,7 +318,7 @@ def _check_given(items: Sequence[SplitItem], column: str) -> None:
         )
     first: tuple[dict[str, SplitItem], ...] = ({}, {}, {})
     wrong = []
-    for item in sorted(items, key=lambda item: item.recording_id):
+    for item in items:
         for kind, seen, value in zip(KINDS, first, item.joins):
             other = seen.setdefault(value, item)
             if value and other.given != item.given:

@@ -43,11 +43,12 @@ def write_shards(
     out: Store, staging: Store, table: pd.DataFrame, num_parcels: int, dtype: StoredDtype, run: Workers
 ) -> ShardRows:
     """Write the shards that `table` names in its column ``shard``; return their rows for ``dataset.json`` by split."""
-    parts = [(str(name), part) for name, part in table.groupby("shard", sort=True)]
-    tasks = [(out, staging, name, part[ENTRY_COLUMNS], num_parcels, dtype) for name, part in parts]
+    parts = table[ENTRY_COLUMNS].groupby(table["shard"], sort=True)  # only the columns that travel are copied
+    tasks = [(out, staging, str(name), part, num_parcels, dtype) for name, part in parts]
+    split_of = dict(zip(table["shard"], table["split"]))
     by_split: ShardRows = {split: [] for split in SPLITS}
-    for (_, part), row in zip(parts, run.run(_write_one, tasks, "shards")):
-        by_split[part["split"].iloc[0]].append(row)
+    for task, row in zip(tasks, run.run(_write_one, tasks, "shards")):
+        by_split[split_of[task[2]]].append(row)
     return by_split
 
 
