@@ -2,11 +2,13 @@
 
     python benchmarks/prepare_scale.py [--sizes 1000 10000 100000] [--json PATH] [--timepoints 24] [--parcels 16]
 
-The recordings are simulated short series that lie staged already, as the workers leave them. Measured in one process
-without Ray, a fresh one for each size, so that peak memory is that of driver and worker together. Stages: `manifest`
+The recordings are simulated short series that lie staged already, as the workers leave them; another process makes
+them. For each size there is a fresh driver, with one worker in a process of its own (a pipe between them, in place of
+Ray), so that the peak memory is the driver's alone; the worker's is measured beside it. Stages: `manifest`
 (list the table and stamp the files), `rows` (gather the staged rows), `splits`, `statistics` (three passes over all
 train recordings), `merge` (the driver's part of them alone: summing the counts that tasks send, at 424 parcels),
-`archive`, `shards`, `tables` (parquet, contract, page, dataset.json). Records: {case, method, seconds, peak_mb}.
+`archive`, `shards`, `tables` (parquet, contract, page, dataset.json). Records: {case, method, seconds, peak_mb}, with
+the driver's largest resident memory up to the end of the stage; one more, `worker`, has the worker's.
 """
 
 from __future__ import annotations
@@ -14,17 +16,22 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import resource
+import multiprocessing
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from brainlm.store import Store
+from data_prep.work import Workers
 
 # Counts that a task sends in each pass, as seen with real series at 424 parcels (rows x digits).
 MERGED_COUNTS = ((424, 2048), (1359, 2048), (2513, 1024))
@@ -38,16 +45,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--parcels", type=int, default=16)
     parser.add_argument("--json", metavar="PATH")
     parser.add_argument("--measure", metavar="FOLDER", help=argparse.SUPPRESS)
+    parser.add_argument("--simulate", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.measure:
         print(json.dumps(measure(Path(args.measure), args.sizes[0], args.timepoints, args.parcels)))
         return 0
+    if args.simulate:
+        simulate(Path(args.simulate), args.sizes[0], args.timepoints, args.parcels)
+        return 0
     records: list[dict[str, Any]] = []
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            command = [sys.executable, __file__, "--measure", folder, "--sizes", str(size)]
+            command = [sys.executable, __file__, "--sizes", str(size)]
             command += ["--timepoints", str(args.timepoints), "--parcels", str(args.parcels)]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            subprocess.run([*command, "--simulate", folder], check=True)
+            done = subprocess.run([*command, "--measure", folder], stdout=subprocess.PIPE, text=True, check=True)
             records += json.loads(done.stdout.splitlines()[-1])
     show(records, args.sizes)
     if args.json:
@@ -64,25 +76,101 @@ def show(records: list[dict[str, Any]], sizes: list[int]) -> None:
         print(f"{stage:12}" + "".join(f"{value:12.2f}" for value in line) + "".join(f"{g:8.1f}x" for g in growth))
     told = [sum(seconds[f"{size} {stage}", "ours"] for stage in ("manifest", "splits", "merge")) for size in sizes]
     print(f"{'m + s + m':12}" + "".join(f"{value:12.2f}" for value in told) + "   manifest + splits + merge")
-    peaks = [max(r["peak_mb"] for r in records if r["case"].startswith(f"{size} ")) for size in sizes]
-    print(f"{'peak MB':12}" + "".join(f"{value:12.0f}" for value in peaks))
+    peak_mb = {(record["case"], record["method"]): record["peak_mb"] for record in records}
+    for what, stage in (("driver MB", STAGES[-1]), ("worker MB", "worker")):
+        print(f"{what:12}" + "".join(f"{peak_mb[f'{size} {stage}', 'ours']:12.0f}" for size in sizes))
+
+
+# --- one worker in a process of its own ---
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """Stands for a value that the worker holds already."""
+
+    number: int
+
+
+class OneWorker(Workers):
+    """Run tasks in another process, one after the other, as `Workers` runs them on Ray."""
+
+    def __init__(self) -> None:
+        super().__init__(None)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._num_shared = 0
+        self._process = context.Process(target=_work, args=(theirs,), daemon=True)
+        self._process.start()
+
+    def share(self, value: Any) -> Any:
+        self._num_shared += 1
+        self._pipe.send((None, (value,)))
+        return _Shared(self._num_shared - 1)
+
+    def end(self) -> float:
+        """End the worker; return its largest resident memory in MB."""
+        self._pipe.send((_peak_mb, ()))
+        peak_mb = float(self._pipe.recv())
+        self._process.terminate()
+        self._process.join()
+        return peak_mb
+
+    def _stream(
+        self,
+        function: Callable[..., Any],
+        tasks: Sequence[tuple[Any, ...]],
+        when_lost: Callable[[int, str], Any] | None,
+    ) -> Iterator[tuple[int, Any]]:
+        for position, task in enumerate(tasks):
+            self._pipe.send((function, task))
+            result = self._pipe.recv()
+            if isinstance(result, Exception):
+                raise result
+            yield position, result
+
+
+def _work(pipe: Connection) -> None:
+    shared: list[Any] = []
+    while True:
+        function, task = pipe.recv()
+        if function is None:
+            shared += task
+            continue
+        try:
+            result = function(*(shared[value.number] if isinstance(value, _Shared) else value for value in task))
+        except Exception as error:
+            result = error
+        pipe.send(result)
+
+
+def _peak_mb() -> float:
+    """Return the largest resident memory of this process; that of `getrusage` may be the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) / 1024
+
+
+def _staged_row(staging: Store, entry: Any) -> dict[str, Any]:
+    row: dict[str, Any] = staging.read_json(f"{entry.recording_id}.json")["row"]
+    return row
+
+
+# --- the stages ---
 
 
 def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> list[dict[str, Any]]:
     """Return the records of one size."""
     from brainlm.atlas import Atlas
     from brainlm.config import build
-    from brainlm.store import Store
     from data_prep import contract_statistics
     from data_prep.atlas_image import series_atlas
     from data_prep.gather import gather
     from data_prep.held_dataset import HeldDataset
     from data_prep.make_contract import make_contract
+    from data_prep.packed_entries import EntryTasks
     from data_prep.parquet_tables import MEASURED_COLUMNS, RECORDING_COLUMNS, REJECTED_COLUMNS, RowBatches, table_of
     from data_prep.place import place_in_archive, place_in_splits
     from data_prep.settings import PrepareSettings
     from data_prep.sources import find_recordings, inputs_hash
-    from data_prep.work import Workers
     from data_prep.write_shards import place_in_shards, write_shards
     from data_prep.zarr_store import write_archive
 
@@ -92,11 +180,10 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
     def stage(name: str) -> Iterator[None]:
         started = time.perf_counter()
         yield
-        peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
         seconds = time.perf_counter() - started
-        records.append({"case": f"{size} {name}", "method": "ours", "seconds": seconds, "peak_mb": peak_mb})
+        records.append({"case": f"{size} {name}", "method": "ours", "seconds": seconds, "peak_mb": _peak_mb()})
 
-    table_path, out = simulate(folder, size, num_timepoints, num_parcels), Store(folder / "dataset")
+    table_path, out = folder / "table.csv", Store(folder / "dataset")
     settings: PrepareSettings = build(
         PrepareSettings,
         {
@@ -121,7 +208,7 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
     atlas = series_atlas(
         Atlas(name="scale", sha256="", labels=np.arange(1, num_parcels + 1), parcel_names=names, coords_mm=coords_mm)
     )
-    run, held = Workers(None), None
+    run, held = OneWorker(), None
     assert held is None or isinstance(held, HeldDataset)
     with stage("manifest"):
         source = find_recordings(settings.source)
@@ -129,9 +216,12 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
     with stage("rows"):
         batches = RowBatches(MEASURED_COLUMNS)
         staging = Store(folder / "staging")
-        for position, entry in enumerate(source.entries):
-            batches.add(position, staging.read_json(f"{entry.recording_id}.json")["row"])
+        tasks = EntryTasks(staging, source.entries)
+        for position, row in run.stream(_staged_row, tasks, "recordings"):
+            batches.add(position, row)
+        del tasks
         table = batches.table()
+        del batches
     with stage("splits"):
         table, _, items = place_in_splits(settings, table, source.subjects, source.entries, held)
         table["cohort"], table["addition"] = "scale", 0
@@ -158,11 +248,12 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
             settings, settings, source, atlas, held, table, refused, source.subjects, contract, shards, items, []
         )
         write_dataset(out, contents)
+    records.append({"case": f"{size} worker", "method": "ours", "seconds": 0.0, "peak_mb": run.end()})
     return records
 
 
-def simulate(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> Path:
-    """Write staged series and rows, small files that a table lists, and the table."""
+def simulate(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> None:
+    """Write staged series and rows, small files that a table lists, and the table ``table.csv``."""
     from data_prep.one_recording import series_sha256
 
     rng = np.random.default_rng(1)
@@ -193,7 +284,6 @@ def simulate(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> 
             f"{recording_id},{subject},site{number // 2 % 20},{20 + number // 2 % 60},series/{recording_id}.npy"
         )
     (folder / "table.csv").write_text("\n".join(lines) + "\n")
-    return folder / "table.csv"
 
 
 if __name__ == "__main__":
