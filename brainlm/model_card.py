@@ -139,6 +139,15 @@ class _Record:
             return NOT_RECORDED
         return value if form in (HASH, COMMIT) else _plain(value, self.train_subjects)
 
+    def texts(self, path: str, form: str) -> str:
+        """Return one text, or several that are in a list."""
+        values = self.find(path)
+        if not isinstance(values, list | tuple):
+            return self.text(path, form)
+        if not values or not all(isinstance(v, str) and re.fullmatch(form, v, re.ASCII) for v in values):
+            return NOT_RECORDED
+        return ", ".join(_plain(value, self.train_subjects) for value in values)
+
     def number(self, path: str, form: str = "{:,}", null: str = NOT_RECORDED) -> str:
         value = self.find(path)
         if value is None:
@@ -210,7 +219,7 @@ def _training_rows(record: _Record) -> list[tuple[str, str]]:
         ("steps", record.number("step")),
         ("windows per step", record.number("config.data.batch_size")),
         ("windows seen", record.number("windows_seen")),
-        ("masks", record.text("config.masks.kind", WORD)),
+        ("masks", record.texts("config.masks.kind", WORD)),
         ("mask ratios", record.numbers("config.masks.ratios")),
         ("hidden tokens decoded per window", decoded),
         ("learning rate at its peak", record.number("config.optimizer.lr", "{:g}")),

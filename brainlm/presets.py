@@ -47,8 +47,8 @@ PRESETS: dict[str, ModelConfig] = {
         decoder="cross", decoder_width=64, decoder_depth=1, decoder_num_heads=1, decoder_mlp_width=128,
     ),
     **LADDER,
-    # 16 parcels x 20 timepoints in a token, as many values as in a token of the published 111M: 270 tokens a window of
-    # 424 parcels. Says nothing about single parcels.
+    # 16 parcels x 20 timepoints in a token, 320 values, about as many as in a token of the published 111M (256): 270
+    # tokens a window of 424 parcels. Says nothing about single parcels.
     "111m-grouped": replace(LADDER["111m"], patch_parcels=16),
 }  # fmt: skip
 

@@ -33,7 +33,7 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
     try:
         import ray
     except ImportError as error:
-        raise ConfigError('Ray is not installed: pip install "brainlm[data]"') from error
+        raise ConfigError('Ray is not installed: pip install -e ".[data]"') from error
     if ray.is_initialized():
         yield ray
         return

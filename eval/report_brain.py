@@ -84,7 +84,7 @@ def brain_section(results: Results, artist: Artist) -> Section:
             section.tables.append(_by_network(ours, networks, label, ratio))
         section.drawings = drawings
     except ImportError as error:
-        section.absent.append(f'The brain pictures need nilearn ({error}): pip install "brainlm[eval]".')
+        section.absent.append(f'The brain pictures need nilearn ({error}): pip install -e ".[eval]".')
     return section
 
 

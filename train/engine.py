@@ -61,7 +61,7 @@ class Engine:
         try:
             import deepspeed
         except ImportError as error:
-            raise ConfigError('DeepSpeed is not installed: pip install "brainlm[train]"') from error
+            raise ConfigError('DeepSpeed is not installed: pip install -e ".[train]"') from error
 
         # Notes of torch to DeepSpeed's authors, repeated by every rank, are nothing a user can act on.
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")

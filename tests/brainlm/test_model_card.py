@@ -71,6 +71,15 @@ def named(text: str) -> list[str]:
     return [s for s in SUBJECTS if s.removeprefix("sub-") in text]
 
 
+@pytest.mark.parametrize(
+    ("kinds", "shown"), [(["random", "future"], "random, future"), ([], NOT_RECORDED), (["a b|c"], NOT_RECORDED)]
+)
+def test_several_kinds_of_masks_are_all_shown(model: BrainLM, kinds: list[str], shown: str) -> None:
+    manifest = copy.deepcopy(MANIFEST)
+    manifest["config"]["masks"]["kind"] = kinds
+    assert rows(card(model, manifest))["masks"] == shown
+
+
 def test_the_card_says_what_the_manifest_says(model: BrainLM) -> None:
     assert (
         rows(card(model, MANIFEST)).items()
