@@ -7,14 +7,15 @@ asked for, memory holds the weights of one block.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brainlm.errors import ConfigError, DataError
 from brainlm.layers import Attention, Block
-from brainlm.tokens import hidden_ids
+from brainlm.tokens import TokenGrid, hidden_ids
 from brainlm.windows import Windows
 
 if TYPE_CHECKING:
@@ -39,13 +40,13 @@ class AttentionMap(NamedTuple):
 @torch.no_grad()
 def attention_maps(
     model: BrainLM,
-    windows: Windows | Tensor,
-    mask_BL: Tensor | None = None,
+    windows: Windows | Tensor | NDArray[Any],
+    mask_BL: Tensor | NDArray[Any] | None = None,
     present_BP: Tensor | None = None,
     *,
     part: Part = "encoder",
-    layers: Sequence[int] = (-1,),
-    heads: Sequence[int] | None = None,
+    layers: int | Sequence[int] = (-1,),
+    heads: int | Sequence[int] | None = None,
     queries: slice | None = None,
 ) -> list[AttentionMap]:
     """Recompute attention weights.
@@ -57,7 +58,7 @@ def attention_maps(
     part, layers
         Encoder layers attend among CLS and visible tokens. Decoder layers attend from hidden tokens to CLS and visible
         ones (``cross``) or among CLS and all tokens (``full``). Negative numbers count from the last layer.
-    heads : sequence of int, optional
+    heads : int or sequence of int, optional
         None = all.
     queries : slice, optional
         Rows wanted, for large models; None = all.
@@ -68,9 +69,11 @@ def attention_maps(
         In the order of `layers`.
     """
     found: dict[int, AttentionMap] = {}
-    wanted = _layer_numbers(model, part, layers)
+    wanted = _layer_numbers(model, part, (layers,) if isinstance(layers, int) else layers)
+    heads = (heads,) if isinstance(heads, int) else heads
     rows = slice(None) if queries is None else queries
-    for number, block, x, memory, valid, query_ids, key_ids in _walk(model, windows, mask_BL, present_BP, part, wanted):
+    grid, mask_BL = _seen(model, windows, mask_BL, present_BP, part)
+    for number, block, x, memory, valid, query_ids, key_ids in _walk(model, grid, mask_BL, part, wanted):
         q_in, k_in = block.attention_inputs(x, memory)
         query, key = query_key(block.attention, q_in[:, rows], k_in, heads)
         weights = query.new_empty(*query.shape[:3], key.shape[2])
@@ -84,8 +87,8 @@ def attention_maps(
 @torch.no_grad()
 def parcel_attention(
     model: BrainLM,
-    windows: Windows | Tensor,
-    mask_BL: Tensor | None = None,
+    windows: Windows | Tensor | NDArray[Any],
+    mask_BL: Tensor | NDArray[Any] | None = None,
     present_BP: Tensor | None = None,
     *,
     part: Part = "encoder",
@@ -111,9 +114,9 @@ def parcel_attention(
             "token: use a model with model.patch_parcels=1"
         )
     wanted = _layer_numbers(model, part, (layer,))
-    ((_, block, x, memory, valid, query_ids, key_ids),) = _walk(model, windows, mask_BL, present_BP, part, wanted)
+    grid, mask_BL = _seen(model, windows, mask_BL, present_BP, part)
+    ((_, block, x, memory, valid, query_ids, key_ids),) = _walk(model, grid, mask_BL, part, wanted)
     q_in, k_in = block.attention_inputs(x, memory)
-    grid = model.token_grid(windows, present_BP)
     B, P, K = len(grid.windows), grid.num_rows, grid.num_patches
     # The last row and column of the sums collect CLS and padding and are dropped.
     key_parcel = torch.where(key_ids >= 0, key_ids // K, P)
@@ -143,26 +146,26 @@ class _Layer(NamedTuple):
     key_ids: Tensor
 
 
-def _walk(
+def _seen(
     model: BrainLM,
-    windows: Windows | Tensor,
-    mask_BL: Tensor | None,
+    windows: Windows | Tensor | NDArray[Any],
+    mask_BL: Tensor | NDArray[Any] | None,
     present_BP: Tensor | None,
     part: Part,
-    wanted: Sequence[int],
-) -> Iterator[_Layer]:
-    """Run the blocks as the fast path does, and stop at the wanted ones, in ascending order."""
+) -> tuple[TokenGrid, Tensor]:
     if mask_BL is None and part == "decoder":
         raise DataError("decoder attention needs a mask: the decoder is only asked for hidden patches")
-    grid = model.token_grid(windows, present_BP)
-    if mask_BL is None:
-        mask_BL = torch.zeros_like(grid.present)
+    return model.seen(windows, mask_BL, present_BP)
+
+
+def _walk(model: BrainLM, grid: TokenGrid, mask_BL: Tensor, part: Part, wanted: Sequence[int]) -> Iterator[_Layer]:
+    """Run the blocks as the fast path does, and stop at the wanted ones, in ascending order."""
     memory: Tensor | None = None
     if part == "encoder":
         x, ids_keep, valid = model.embed_visible(grid, mask_BL)
         query_ids = key_ids = _with_cls(ids_keep, valid)
     else:
-        encoded = model.encode(windows, mask_BL, present_BP)
+        encoded = model.encode_grid(grid, mask_BL)
         wanted_BL = mask_BL & grid.present
         ids = hidden_ids(wanted_BL)
         x, memory, valid = model.decoder_inputs(encoded, ids)

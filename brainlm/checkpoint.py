@@ -241,6 +241,8 @@ def _read_config(store: Store) -> tuple[ModelConfig, str]:
 def _no_config(store: Store) -> str:
     """Say what a folder without configuration is instead."""
     folder = store.url
+    if folder.endswith((".safetensors", ".json", ".bin")):
+        return f"{folder} is a file: give the folder that it lies in"
     if store.is_local and not store.exists():
         return f"{folder}: there is no such folder, and it does not read as owner/name on the Hugging Face hub"
     candidates = [*store.names(), *(f"checkpoints/{name}" for name in store.names("checkpoints"))]

@@ -21,14 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brainlm.censoring import kept_timepoints, refill_censored
+from brainlm.censoring import kept_timepoints
 from brainlm.dataset import Dataset, Split
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
 from brainlm.recording import Recording
-from brainlm.scaling import centre, robust_statistics
+from brainlm.scaling import centre, recording_mean, robust_statistics
 from brainlm.windows import TR_TOLERANCE_S, cut_windows
 
 COARSE = tuple(2.0**k for k in range(-7, 8))
@@ -42,7 +42,11 @@ class Reconstructs(Protocol):
 
     contract: InputContract
 
-    def reconstruct(self, windows: Tensor, mask: Tensor, present_BP: Tensor | None = None, /) -> Tensor: ...
+    def reconstruct(
+        self, windows: Tensor, mask: Tensor, present_BP: Tensor | None = None, kept_BW: Tensor | None = None, /
+    ) -> Tensor: ...
+
+    def hidden_values(self, mask: Tensor, /) -> Tensor: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +178,8 @@ def measure_distance(
     DataError
         If there are no recordings, they do not have the model's parcels, or none is as long as a window.
     """
+    if num_windows < 1 or batch_size < 1:
+        raise ConfigError(f"num_windows={num_windows} and batch_size={batch_size} must be at least 1")
     own = model.contract
     found = list(recordings)
     if not found:
@@ -255,17 +261,15 @@ class _Task:
 def _windows(
     model: Reconstructs, recordings: Sequence[Recording], num_windows: int, mask_ratio: float, seed: int
 ) -> list[_Task]:
-    contract = model.contract
+    contract, device = model.contract, _device(model)
     W = contract.window_len
     long = [recording for recording in recordings if recording.num_timepoints >= W]
     if not long:
         raise DataError(f"no recording has the {W} timepoints of a window: the gain cannot be searched")
-    if num_windows < 1:
-        raise ConfigError(f"num_windows: expected at least 1, found {num_windows}")
     long = long[:num_windows]
     per_recording = [num_windows // len(long) + (i < num_windows % len(long)) for i in range(len(long))]
     iqr = np.where(contract.usable, contract.iqr, 1).astype(np.float32)
-    zero = torch.from_numpy(np.where(contract.usable, -contract.median / iqr, 0).astype(np.float32))
+    zero = torch.from_numpy(recording_mean(contract))
     tasks = []
     for recording, count in zip(long, per_recording):
         starts = even_starts(recording.num_timepoints, W, count)
@@ -275,13 +279,9 @@ def _windows(
         for i, start in enumerate(starts):
             generator = mask_generator(seed, recording.recording_id, start)
             mask = _draw(model, mask_ratio, generator, present)
-            values, kept = cut.values[i].numpy().copy(), cut.kept[i].numpy()
-            if not kept.all() and mask.numel() == len(values) * (W // contract.patch_len):
-                # between visible values: what was interpolated from hidden ones would give these away
-                refill_censored(values, ~mask.view(len(values), -1).numpy(), kept, zero.numpy())
-            tasks.append(
-                _Task(torch.from_numpy(values), mask, present, cut.kept[i], zero, torch.from_numpy(sd).clamp(min=1e-12))
-            )
+            hidden = model.hidden_values(mask[None].to(device)).cpu()
+            values = cut[i : i + 1].as_seen(hidden, zero).values[0]
+            tasks.append(_Task(values, mask, present, cut.kept[i], zero, torch.from_numpy(sd).clamp(min=1e-12)))
     return tasks
 
 
@@ -296,16 +296,22 @@ def _draw(model: Any, mask_ratio: float, generator: torch.Generator, present: Te
     return make_mask("random", rows, contract.window_len // contract.patch_len, mask_ratio, generator, here)
 
 
+def _device(model: Any) -> torch.device:
+    parameters = model.parameters() if hasattr(model, "parameters") else ()
+    return next((p.device for p in parameters), torch.device("cpu"))
+
+
 @torch.no_grad()
 def _r2(model: Reconstructs, tasks: Sequence[_Task], gain: float, batch_size: int) -> float:
     """Return 1 - squared error over the variance, each value in standard deviations of its recording and parcel."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu")) if hasattr(model, "parameters") else None
+    device = _device(model)
     error = total = 0.0
     for first in range(0, len(tasks), batch_size):
         part = tasks[first : first + batch_size]
         values, mask, present = (torch.stack([getattr(task, name) for task in part]) for name in _FED)
         kept, zero, sd = (torch.stack([getattr(task, name) for task in part]) for name in ("kept", "zero", "sd"))
-        predicted = model.reconstruct((values * gain).to(device), mask.to(device), present.to(device)).cpu().double()
+        fed = [x.to(device) for x in (values * gain, mask, present, kept)]
+        predicted = model.reconstruct(*fed).cpu().double()
         scored = torch.isfinite(predicted) & kept[:, None, :] & present[:, :, None]
         if not bool(scored.any()):
             continue

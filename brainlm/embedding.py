@@ -121,6 +121,12 @@ def embed_recording(
             part = model.embed_windows(windows[first : first + batch_size].to(device))
             cls.append(part.cls.float().cpu())
             pooled.append(part.pooled.float().cpu())
+    if not all(bool(part.isfinite().all()) for part in (*cls, *pooled)):
+        largest = float(np.abs(windows.values.numpy()[windows.present.numpy()]).max())
+        raise DataError(
+            f"{found.recording_id}: the embedding is not finite; in contract units its values reach {largest:.3g}, a "
+            "usual recording stays below 10. Compare the units of the series with those that the contract names"
+        )
     return RecordingEmbedding(
         cls=torch.cat(cls).numpy(),
         pooled=torch.cat(pooled).numpy(),

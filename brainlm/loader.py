@@ -25,6 +25,7 @@ from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.masking import MaskKind, make_mask, mask_generator
 from brainlm.ordering import rank_part, window_order
+from brainlm.scaling import recording_mean
 from brainlm.shards import SplitReader
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows, sample_hidden
 
@@ -150,7 +151,7 @@ class WindowLoader:
         self._groups = parcel_groups(coords_mm, patch_parcels) if patch_parcels > 1 else None
         iqr = np.where(self._usable, contract.iqr, 1.0).astype(np.float32)
         self._median, self._iqr = torch.from_numpy(contract.median.copy()), torch.from_numpy(iqr)
-        self._mean_z = np.where(self._usable, -contract.median / iqr, np.float32(0.0))
+        self._mean_z = recording_mean(contract)
         self._order = lru_cache(maxsize=2)(
             lambda epoch: window_order(lengths, contract.window_len, windows_per_recording, seed, epoch)
         )

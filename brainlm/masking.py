@@ -80,23 +80,28 @@ def make_mask(
     return mask.flatten()
 
 
-def complementary_masks(
-    num_parcels: int, num_patches: int, num_parts: int, generator: torch.Generator, present: Tensor | None = None
-) -> Tensor:
-    """Divide the tokens of a window at random into parts and hide one part at a time.
+def complementary_masks(attendable_BL: Tensor, num_parts: int, generator: torch.Generator) -> Tensor:
+    """Divide the tokens of windows at random into parts and hide one part at a time.
 
-    Every token of a present parcel is hidden in exactly one of the masks, so a whole window can be rebuilt from values
-    that were hidden. Returns shape (num_parts, L), bool.
+    Every token is hidden in exactly one of the masks, so a whole window can be rebuilt from values that were hidden.
+
+    Parameters
+    ----------
+    attendable_BL : Tensor, shape (B, L), bool
+        Tokens that carry signal. In each window these are divided evenly, and so are the others.
+
+    Returns
+    -------
+    Tensor, shape (num_parts, B, L), bool
     """
     if num_parts < 2:
         raise ConfigError(f"num_parts: expected at least 2, found {num_parts}")
-    total = num_parcels * num_patches
-    part = torch.empty(total, dtype=torch.int64)
-    part[torch.randperm(total, generator=generator)] = torch.arange(total) % num_parts
-    masks = part[None, :] == torch.arange(num_parts)[:, None]
-    if present is not None:
-        masks |= ~present.cpu().repeat_interleave(num_patches)[None, :]
-    return masks
+    seen = attendable_BL.cpu()
+    order = torch.randperm(seen.shape[1], generator=generator)  # the same for every window
+    ranks = torch.where(seen[:, order], seen[:, order].cumsum(dim=1), (~seen[:, order]).cumsum(dim=1)) - 1
+    part = torch.empty_like(ranks)
+    part[:, order] = ranks % num_parts
+    return (part[None] == torch.arange(num_parts)[:, None, None]).to(attendable_BL.device)
 
 
 def _num_hidden(count: int, mask_ratio: float) -> int:

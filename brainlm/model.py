@@ -28,8 +28,10 @@ from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.layers import Attention, Block
 from brainlm.positions import TokenPosition
+from brainlm.scaling import recording_mean
 from brainlm.tokens import (
     TokenGrid,
+    as_mask,
     check_sizes,
     gather_tokens,
     hidden_ids,
@@ -37,7 +39,7 @@ from brainlm.tokens import (
     patch_features,
     row_features,
 )
-from brainlm.windows import Windows
+from brainlm.windows import Windows, as_windows
 
 if TYPE_CHECKING:
     from brainlm.atlas import Atlas
@@ -109,7 +111,8 @@ class Loss(NamedTuple):
 
     @property
     def mean(self) -> Tensor:
-        return self.sum / self.num_values
+        """Mean squared error; 0 where nothing is hidden, or nothing hidden was measured."""
+        return self.sum / self.num_values.clamp(min=1)
 
 
 class Encoded(NamedTuple):
@@ -124,8 +127,11 @@ class Encoded(NamedTuple):
 class BrainLM(nn.Module):
     """Masked autoencoder of brain activity.
 
-    Wherever a method takes ``windows``, these are `Windows`, or a tensor of values (B, P, W) in contract units, for
-    which `present_BP` and `kept_BW` may be given beside it.
+    Wherever a method takes ``windows``, these are `Windows`, or a tensor or ndarray of values (B, P, W) or (P, W) in
+    contract units, for which `present_BP` and `kept_BW` may be given beside it. A tensor is taken as it is, as training
+    feeds it. All others are moved to the weights' device and shown as they look under the mask: visible values at
+    censored timepoints are interpolated anew, between values that are visible and kept, and parcels with visible values
+    that are not finite count as missing. Masks are bool, or 0 and 1: True = hidden.
 
     Parameters
     ----------
@@ -218,7 +224,8 @@ class BrainLM(nn.Module):
     @classmethod
     def untrained_like(cls, model: BrainLM, seed: int) -> BrainLM:
         """Return the same sizes and contract with fresh weights, in evaluation mode: the control of probes."""
-        fresh = cls(model.config, model.contract)
+        with torch.random.fork_rng(devices=[]):  # whoever asks keeps his random numbers
+            fresh = cls(model.config, model.contract)
         fresh.init_weights(torch.Generator().manual_seed(seed))
         return fresh.eval()
 
@@ -308,21 +315,58 @@ class BrainLM(nn.Module):
     def hidden_values(self, mask_BL: Tensor) -> Tensor:
         """Return (B, P, W), bool: the values that lie in masked tokens."""
         values_per_token = self.config.patch_parcels * self.config.patch_len
+        mask_BL = as_mask(mask_BL, mask_BL.device)
         return self.unpatchify(mask_BL[:, :, None].expand(-1, -1, values_per_token))
 
     # ------------------------------------------------------------------ encoder and decoder
 
+    def seen(
+        self,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | NDArray[Any] | None = None,
+        present_BP: Tensor | None = None,
+        kept_BW: Tensor | None = None,
+    ) -> tuple[TokenGrid, Tensor]:
+        """Return the tokens of windows as they look under a mask, and the mask (B, L), bool; None hides nothing.
+
+        Raises
+        ------
+        DataError
+            If the mask does not fit the windows, or holds other values than True and False.
+        """
+        found = as_windows(windows, present_BP, kept_BW)
+        if not isinstance(windows, Tensor):
+            found = found.to(self.patch_embed.weight.device)
+        grid = self.token_grid(found)
+        if mask_BL is None:
+            mask_BL = torch.zeros_like(grid.present)
+        else:
+            mask_BL = as_mask(mask_BL, found.values.device)
+            if mask_BL.ndim == 1 and len(found) == 1:
+                mask_BL = mask_BL[None]
+            if tuple(mask_BL.shape) != (size := (len(found), grid.num_tokens)):
+                raise DataError(f"mask of shape {tuple(mask_BL.shape)}, these windows have tokens of shape {size}")
+        if not isinstance(windows, Tensor):
+            hidden_BPW = grid.hidden_values(mask_BL)
+            if not bool(found.values.isfinite().all()):
+                ignored = hidden_BPW | ~found.kept[:, None, :]
+                found = found.with_present(found.present & (found.values.isfinite() | ignored).all(dim=2))
+            empty_P = torch.from_numpy(recording_mean(self.contract)) if found.coords_mm is None else None
+            grid = self.token_grid(found.as_seen(hidden_BPW, empty_P))
+        return grid, mask_BL
+
     def encode(
         self,
-        windows: Windows | Tensor,
-        mask_BL: Tensor,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | NDArray[Any],
         present_BP: Tensor | None = None,
         kept_BW: Tensor | None = None,
     ) -> Encoded:
         """Encode the visible tokens of present parcels that were measured. Hidden values are never looked at."""
-        return self._encode(self.token_grid(windows, present_BP, kept_BW), mask_BL)
+        return self.encode_grid(*self.seen(windows, mask_BL, present_BP, kept_BW))
 
-    def _encode(self, grid: TokenGrid, mask_BL: Tensor) -> Encoded:
+    def encode_grid(self, grid: TokenGrid, mask_BL: Tensor) -> Encoded:
+        """Encode tokens that `seen` gave."""
         x_BVD, ids_keep, valid = self.embed_visible(grid, mask_BL)
         for block in self.encoder:
             x_BVD = block(x_BVD, valid_BM=valid)
@@ -330,9 +374,6 @@ class BrainLM(nn.Module):
 
     def embed_visible(self, grid: TokenGrid, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the encoder's input (B, 1 + V, D), the token numbers (B, V), and which are valid (None = all)."""
-        if mask_BL.shape != (len(grid.windows), grid.num_tokens):
-            size = (len(grid.windows), grid.num_tokens)
-            raise DataError(f"mask of shape {tuple(mask_BL.shape)}, these windows have tokens of shape {size}")
         hidden_BL = mask_BL | ~grid.attendable
         num_visible = (~hidden_BL).sum(dim=1)
         longest = int(num_visible.max())
@@ -389,8 +430,8 @@ class BrainLM(nn.Module):
 
     def forward(
         self,
-        windows: Windows | Tensor,
-        mask_BL: Tensor,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | NDArray[Any],
         present_BP: Tensor | None = None,
         ids_decoded: Tensor | None = None,
         kept_BW: Tensor | None = None,
@@ -411,8 +452,8 @@ class BrainLM(nn.Module):
             False = censored timepoint: hidden values there are not scored, and a patch without a kept one is not
             seen; None = all kept.
         """
-        grid = self.token_grid(windows, present_BP, kept_BW)
-        encoded = self._encode(grid, mask_BL)
+        grid, mask_BL = self.seen(windows, mask_BL, present_BP, kept_BW)
+        encoded = self.encode_grid(grid, mask_BL)
         if ids_decoded is None:
             ids_decoded = hidden_ids(mask_BL & grid.present)
         prediction = self.decode(encoded, ids_decoded)
@@ -425,7 +466,7 @@ class BrainLM(nn.Module):
 
     # ------------------------------------------------------------------ reading a trained model
 
-    def embed_windows(self, windows: Windows | Tensor) -> Embedding:
+    def embed_windows(self, windows: Windows | Tensor | NDArray[Any]) -> Embedding:
         """Return the embedding of whole windows, nothing hidden; gradients flow.
 
         Returns
@@ -433,9 +474,7 @@ class BrainLM(nn.Module):
         Embedding
             ``cls (B, D)`` and ``pooled (B, D)``, the mean over the tokens of present parcels.
         """
-        grid = self.token_grid(windows)
-        nothing = torch.zeros(len(grid.windows), grid.num_tokens, dtype=torch.bool, device=grid.windows.values.device)
-        encoded = self._encode(grid, nothing)
+        encoded = self.encode_grid(*self.seen(windows))
         tokens = encoded.latent[:, 1:]
         if encoded.valid is None:
             return Embedding(encoded.latent[:, 0], tokens.mean(dim=1))
@@ -496,7 +535,7 @@ class BrainLM(nn.Module):
     def reconstruct(
         self,
         windows: Windows | Tensor | NDArray[Any],
-        mask_BL: Tensor | None = None,
+        mask_BL: Tensor | NDArray[Any] | None = None,
         present_BP: Tensor | None = None,
         kept_BW: Tensor | None = None,
         *,
@@ -508,9 +547,7 @@ class BrainLM(nn.Module):
         Parameters
         ----------
         windows : Windows, or Tensor or ndarray of shape (B, P, W) or (P, W)
-            Contract units. Of a Tensor, what stands at visible censored timepoints is taken as it is. Of the others it
-            is replaced by what can be seen under the mask, and parcels with visible values that are not finite count
-            as missing.
+            Contract units.
         mask_BL : Tensor, shape (B, L), or (L,) for one window, bool, optional
             True = hidden. None: every value is rebuilt, a part of the tokens at a time, as `num_parts` and `seed` of
             `brainlm.reconstruction.reconstruct_whole` say.
@@ -520,20 +557,13 @@ class BrainLM(nn.Module):
         Tensor, shape (B, P, W), float32
             NaN wherever a value was visible or its parcel is missing: those outputs are not trained.
         """
-        from brainlm.reconstruction import as_windows, reconstruct_whole, refilled
-
-        found = as_windows(windows, present_BP, kept_BW)
-        if not isinstance(windows, Tensor):
-            found = found.to(self.patch_embed.weight.device)
         if mask_BL is None:
-            return reconstruct_whole(self, found, num_parts, seed)
-        mask_BL = mask_BL.to(found.values.device)
-        if mask_BL.ndim == 1 and len(found) == 1:
-            mask_BL = mask_BL[None]
-        if not isinstance(windows, Tensor):
-            found = refilled(self, found, mask_BL)
-        grid = self.token_grid(found)
-        encoded = self._encode(grid, mask_BL)
+            from brainlm.reconstruction import reconstruct_whole
+
+            grid = self.seen(as_windows(windows, present_BP, kept_BW))[0]
+            return reconstruct_whole(self, grid.windows, grid.attendable, num_parts, seed)
+        grid, mask_BL = self.seen(windows, mask_BL, present_BP, kept_BW)
+        encoded = self.encode_grid(grid, mask_BL)
         wanted_BL = mask_BL & grid.present
         ids = hidden_ids(wanted_BL)
         prediction = self.decode(encoded, ids)
@@ -544,13 +574,13 @@ class BrainLM(nn.Module):
 
     def attention(
         self,
-        windows: Windows | Tensor,
-        mask_BL: Tensor | None = None,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | NDArray[Any] | None = None,
         present_BP: Tensor | None = None,
         *,
         part: Literal["encoder", "decoder"] = "encoder",
-        layers: Sequence[int] = (-1,),
-        heads: Sequence[int] | None = None,
+        layers: int | Sequence[int] = (-1,),
+        heads: int | Sequence[int] | None = None,
         queries: slice | None = None,
     ) -> list[AttentionMap]:
         """Recompute attention weights of chosen layers, heads and queries. See `brainlm.attention_maps`."""
@@ -562,8 +592,8 @@ class BrainLM(nn.Module):
 
     def parcel_attention(
         self,
-        windows: Windows | Tensor,
-        mask_BL: Tensor | None = None,
+        windows: Windows | Tensor | NDArray[Any],
+        mask_BL: Tensor | NDArray[Any] | None = None,
         present_BP: Tensor | None = None,
         *,
         part: Literal["encoder", "decoder"] = "encoder",

@@ -42,6 +42,9 @@ class LayerSizes(Section):
                 raise ConfigError(
                     f"{width}={getattr(self, width)} must be a multiple of {heads}={getattr(self, heads)}"
                 )
+        for name in ("hidden_size", "decoder_hidden_size", "num_channels", "patch_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if not 0 <= self.mask_ratio <= 1:
             raise ConfigError(f"mask_ratio={self.mask_ratio} must be from 0 to 1")
 
@@ -75,6 +78,10 @@ class NystromConfig(LayerSizes):
             raise ConfigError(
                 f"num_timepoints_per_voxel={self.num_timepoints_per_voxel} must be a multiple of "
                 f"timepoint_patching_size={self.timepoint_patching_size}"
+            )
+        if self.num_brain_voxels < 1 or self.num_landmarks < 1:
+            raise ConfigError(
+                f"num_brain_voxels={self.num_brain_voxels} and num_landmarks={self.num_landmarks} must be at least 1"
             )
         if self.conv_kernel_size is not None and self.conv_kernel_size % 2 == 0:
             raise ConfigError(f"conv_kernel_size={self.conv_kernel_size} must be odd")

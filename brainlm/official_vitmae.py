@@ -336,8 +336,8 @@ class VitMaeFineTuned(VitMae):
     """The published ``ViTMAEForFinetuning``: one number per window from ``vit`` and ``mlp_pred_head``.
 
     Tokens are hidden at ``config.mask_ratio`` as in pretraining, so predictions depend on the noise; `predict` hides
-    nothing. ``sigmoid_outputs`` applies to ``pred`` as to the loss (the published code leaves it out where it is called
-    without labels).
+    nothing. ``sigmoid_outputs`` applies to ``pred`` beside labels, and to `predict`; where it is called without labels,
+    the published code leaves it out, and so does this.
 
     Parameters
     ----------
@@ -358,7 +358,7 @@ class VitMaeFineTuned(VitMae):
     ) -> FineTunedOutput:
         """Predict, and compute ``config.loss_fn`` where `labels (B,)` are given. `pixel_values`, `noise` as above."""
         encoded = self.encode(self.pad(pixel_values), noise, generator)
-        pred = self._head(encoded.latent)
+        pred = self._head(encoded.latent, sigmoid=labels is not None)
         loss = None if labels is None else self._loss(pred.squeeze(-1), labels)
         return FineTunedOutput(pred, loss, encoded.mask, encoded.ids_restore, encoded.latent)
 
@@ -366,10 +366,10 @@ class VitMaeFineTuned(VitMae):
         """Return ``pred (B, 1)`` from whole windows: nothing hidden, tokens in grid order, so the same each time."""
         return self._head(self.latent_of(pixel_values, hidden_BL))
 
-    def _head(self, latent: Tensor) -> Tensor:
+    def _head(self, latent: Tensor, *, sigmoid: bool = True) -> Tensor:
         # the published mean pooling takes CLS in
         pred: Tensor = self.mlp_pred_head(latent.mean(dim=1) if self.config.use_mean_pooling else latent[:, 0])
-        return pred.sigmoid() if self.config.sigmoid_outputs else pred
+        return pred.sigmoid() if sigmoid and self.config.sigmoid_outputs else pred
 
     def _loss(self, pred_B: Tensor, labels_B: Tensor) -> Tensor:
         if self.config.loss_fn == "mse":

@@ -1,8 +1,9 @@
 """Named sizes, and what they cost.
 
 The ladder of scaling studies follows one rule: feed-forward layers of twice the width, as many heads as encoder layers,
-half as many decoder layers (rounded up) of the same width, and a width of 88 to 128 times the depth, heads being a
-multiple of 8 wide; among these, the sizes nearest to the number in the name. ``13m`` is the paper's.
+half as many decoder layers (rounded up) of the same width, and a width of 96 times the depth. Where no depth comes
+within 8 % of the number in the name with that, heads are wider or narrower: 88 for ``1m``, 112 for ``35m``, and 128 for
+``13m``, which is the paper's.
 """
 
 from __future__ import annotations

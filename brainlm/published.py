@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 from numpy.typing import NDArray
@@ -38,9 +38,13 @@ from brainlm.official_contract import WINDOW_LEN, num_published_parcels
 from brainlm.official_layers import by_num_visible
 from brainlm.official_vitmae import VitMaeBrainLM, VitMaeFineTuned
 from brainlm.published_image import ImageLayout
+from brainlm.reading import evaluating
+from brainlm.reconstruction import reconstruct_whole
 from brainlm.recording import Recording
+from brainlm.scaling import recording_mean
 from brainlm.store import Store, sha256_of_file
-from brainlm.windows import Windows
+from brainlm.tokens import as_mask
+from brainlm.windows import Windows, as_windows
 
 SAME_PLACE_MM = 1.0
 UNTRAINED_STD = 0.02  # of CLS and mask tokens without training, as published (initializer_range)
@@ -129,7 +133,7 @@ class PublishedModel(nn.Module):
         self.register_buffer("usable", torch.from_numpy(contract.usable), persistent=False)
 
     @classmethod
-    def from_pretrained(cls, folder: str) -> PublishedModel:
+    def from_pretrained(cls, folder: str, revision: str | None = None) -> PublishedModel:
         """Load a converted folder, in float32 and evaluation mode.
 
         Parameters
@@ -137,13 +141,15 @@ class PublishedModel(nn.Module):
         folder : str
             A folder (path or fsspec URL), or ``owner/name`` on the Hugging Face hub, that
             ``python -m brainlm.official SRC DST --contract ...`` wrote.
+        revision : str, optional
+            Branch, tag or commit on the hub.
 
         Raises
         ------
         CheckpointError
             If it holds no input contract, or its weights are not those that were written.
         """
-        folder = hub.local_folder(str(folder), FILES)
+        folder = hub.local_folder(str(folder), FILES, revision)
         store = Store(folder)
         if not (store.exists(CONFIG) and store.exists(input_contract.FILE_NAME) and store.exists(MANIFEST)):
             raise CheckpointError(
@@ -238,22 +244,27 @@ class PublishedModel(nn.Module):
     @torch.no_grad()
     def reconstruct(
         self,
-        windows: Windows | Tensor,
-        mask: Tensor,
+        windows: Windows | Tensor | NDArray[Any],
+        mask: Tensor | NDArray[Any] | None = None,
         present_BP: Tensor | None = None,
         kept_BW: Tensor | None = None,
         *,
         end: End | None = None,
+        num_parts: int = 4,
+        seed: int = 0,
     ) -> Tensor:
         """Predict hidden values, in contract units.
 
         Parameters
         ----------
-        windows : Windows, or Tensor of shape (B, P, W), float32
-            Contract units. Hidden values and those of missing parcels are never looked at.
-        mask : Tensor, shape (B, L) or (B, N), bool
+        windows : Windows, or Tensor or ndarray of shape (B, P, W) or (P, W)
+            Contract units. Hidden values and those of missing parcels are never looked at. A Tensor is taken as it is;
+            of the others visible values at censored timepoints are interpolated anew, between values that are visible
+            and kept, and parcels with visible values that are not finite count as missing.
+        mask : Tensor, shape (B, L) or (B, N), bool, optional
             True = hidden. Over our tokens (one parcel x `patch_len` timepoints), or over the model's own. Windows may
-            differ in how many they hide.
+            differ in how many they hide. None: every value is rebuilt, a part of the model's own tokens at a time, as
+            `num_parts` and `seed` of `brainlm.reconstruction.reconstruct_whole` say.
         present_BP : Tensor, shape (B, P), bool, optional
             False = missing parcel: not seen (13M) or fed as 0 (the others), and never scored.
         kept_BW : Tensor, shape (B, W), bool, optional
@@ -278,27 +289,38 @@ class PublishedModel(nn.Module):
         """
         if isinstance(self.network, VitMaeFineTuned):
             raise ConfigError("a fine-tuned published model has no decoder: it cannot reconstruct, only predict")
-        windows = self._checked(windows, present_BP, kept_BW)
-        mask = mask.to(device=windows.values.device, dtype=torch.bool)
-        present = self._present(windows)
-        if isinstance(self.network, NystromBrainLM):
-            wanted = self.hidden_values(mask)
-            predicted = self._reconstruct_tokens(self.network, windows, self._our_mask(mask), present)
-        elif mask.ndim == 2 and mask.shape[1] == self.num_tokens:
-            wanted = self.hidden_values(mask)
-            predicted = self._reconstruct_image(self.network, windows, wanted, mask)
-        else:
-            wanted = torch.zeros_like(windows.values, dtype=torch.bool)
-            predicted = torch.empty_like(windows.values)
-            whole = self.network.config.train_mode != "predict_last_pixel" if end is None else end == "patches"
-            num_hidden = self._layout.timepoints_at_end(self._our_mask(mask), present)
-            for count in num_hidden.unique().tolist():
-                rows = torch.nonzero(num_hidden == count)[:, 0]
-                hidden, zeroed = self._layout.hide_end(count, whole_patches=whole)
-                wanted[rows, :, self.window_len - count :] = True
-                part = _pick(windows, rows)
-                tokens = hidden.expand(len(rows), -1)
-                predicted[rows] = self._reconstruct_image(self.network, part, wanted[rows], tokens, zeroed)
+        found = self._checked(windows, present_BP, kept_BW)
+        if mask is None:
+            attendable = torch.ones(len(found), self.num_tokens, dtype=torch.bool, device=found.values.device)
+            if self.layout is None:
+                attendable &= self._present(found).repeat_interleave(self.config.num_patches, dim=1)
+            attendable &= ~self._unmeasured_tokens(found)
+            return reconstruct_whole(self, found, attendable, num_parts, seed)
+        mask = as_mask(mask, found.values.device)
+        if mask.ndim == 1 and len(found) == 1:
+            mask = mask[None]
+        wanted = self.hidden_values(mask)
+        if wanted.shape != found.values.shape:
+            raise DataError(f"a mask of {len(wanted)} windows beside {len(found)} windows")
+        if not isinstance(windows, Tensor):
+            ignored = wanted | ~found.kept[:, None, :]
+            found = found.with_present(found.present & (found.values.isfinite() | ignored).all(dim=2))
+            found = found.as_seen(wanted, torch.from_numpy(recording_mean(self.contract)))
+        present = self._present(found)
+        with evaluating(self):
+            if isinstance(self.network, NystromBrainLM):
+                predicted = self._reconstruct_tokens(self.network, found, self._our_mask(mask), present)
+            elif mask.shape[1] == self.num_tokens:
+                predicted = self._reconstruct_image(self.network, found, wanted, mask)
+            else:
+                predicted = torch.empty_like(found.values)
+                whole = self.network.config.train_mode != "predict_last_pixel" if end is None else end == "patches"
+                num_hidden = self._layout.timepoints_at_end(self._our_mask(mask), present)
+                for count in num_hidden.unique().tolist():
+                    rows = torch.nonzero(num_hidden == count)[:, 0]
+                    hidden, zeroed = self._layout.hide_end(count, whole_patches=whole)
+                    part, tokens = _pick(found, rows), hidden.expand(len(rows), -1)
+                    predicted[rows] = self._reconstruct_image(self.network, part, wanted[rows], tokens, zeroed)
         return predicted.float().masked_fill(~(wanted & present[:, :, None]), float("nan"))
 
     def embed(self, recording: Recording | NDArray[Any], **options: Any) -> RecordingEmbedding:
@@ -309,7 +331,14 @@ class PublishedModel(nn.Module):
         """Forecast what follows a recording, in its own units. See `brainlm.forecast.forecast_recording`."""
         return forecast_recording(self, recording, horizon_s, **options)
 
-    def embed_windows(self, windows: Windows | Tensor) -> Embedding:
+    def attention(self, *args: Any, **options: Any) -> NoReturn:
+        """Refuse: raise ConfigError that says why."""
+        several = "" if self.layout is None else ", whose tokens hold several parcels each"
+        raise ConfigError(f"attention is not read from published models{several}: ask a BrainLM of your own")
+
+    parcel_attention = attention
+
+    def embed_windows(self, windows: Windows | Tensor | NDArray[Any]) -> Embedding:
         """Return the embedding of whole windows; gradients flow. Nothing is hidden and the order of tokens is fixed.
 
         Missing parcels are fed as 0, as in training. Tokens that hold no kept timepoint are left out. In training mode
@@ -321,8 +350,8 @@ class PublishedModel(nn.Module):
             ``cls (B, D)`` and ``pooled (B, D)``, the mean over all tokens that are fed; in the ViT-MAE family those of
             the margins are among them, as in training.
         """
-        windows = self._checked(windows)
-        values, unmeasured = self._fed(windows), self._unmeasured_tokens(windows)
+        found = self._checked(windows)
+        values, unmeasured = self._fed(found), self._unmeasured_tokens(found)
         cls = values.new_empty(len(values), 0)
         pooled = cls
         for rows in by_num_visible(unmeasured):
@@ -336,7 +365,7 @@ class PublishedModel(nn.Module):
             cls, pooled = cls.index_copy(0, rows, part.cls), pooled.index_copy(0, rows, part.pooled)
         return Embedding(cls, pooled)
 
-    def predict(self, windows: Windows | Tensor) -> Tensor:
+    def predict(self, windows: Windows | Tensor | NDArray[Any]) -> Tensor:
         """Return what a fine-tuned model predicts from whole windows, (B,): nothing hidden, the order fixed.
 
         The published code hides ``mask_ratio`` of the tokens at random here too (``network(pixel_values, noise)``).
@@ -348,8 +377,8 @@ class PublishedModel(nn.Module):
         """
         if not isinstance(self.network, VitMaeFineTuned):
             raise ConfigError("this published model has no prediction head: only fine-tuned ones (mlp_pred_head) do")
-        windows = self._checked(windows)
-        values, unmeasured = self._fed(windows), self._unmeasured_tokens(windows)
+        found = self._checked(windows)
+        values, unmeasured = self._fed(found), self._unmeasured_tokens(found)
         out = values.new_zeros(len(values))
         for rows in by_num_visible(unmeasured):
             pred = self.network.predict(self._layout.image(values[rows]), unmeasured[rows])
@@ -391,13 +420,15 @@ class PublishedModel(nn.Module):
         return mask.unflatten(1, (P, K))
 
     def _checked(
-        self, windows: Windows | Tensor, present_BP: Tensor | None = None, kept_BW: Tensor | None = None
+        self,
+        given: Windows | Tensor | NDArray[Any],
+        present_BP: Tensor | None = None,
+        kept_BW: Tensor | None = None,
     ) -> Windows:
         """Return Windows of the contract's parcels and length. Their TR has no place: positions count patches."""
-        if isinstance(windows, Tensor):
-            windows = Windows.of(windows, present_BP, kept_BW)
-        elif present_BP is not None or kept_BW is not None:
-            raise ConfigError("present and kept are part of Windows: give them there")
+        windows = as_windows(given, present_BP, kept_BW)
+        if not isinstance(given, Tensor):
+            windows = windows.to(self.coords_mm.device)
         P, W = windows.values.shape[1:]
         if (self.num_parcels, self.window_len) != (P, W):
             raise DataError(

@@ -59,6 +59,11 @@ def unscale(scaled: NDArray[np.float32], contract: InputContract) -> NDArray[np.
     return np.where(usable, scaled * contract.iqr + contract.median, np.float32(0.0)).astype(np.float32, copy=False)
 
 
+def recording_mean(contract: InputContract) -> NDArray[np.float32]:
+    """Return what a recording's own mean, 0 after centring, is in contract units: shape (P,), -median / IQR."""
+    return scale(np.zeros(contract.atlas.num_parcels, dtype=np.float32), contract)
+
+
 def robust_statistics(centred: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return exact per-parcel median and interquartile range (75th minus 25th percentile, linear interpolation).
 

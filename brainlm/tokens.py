@@ -11,8 +11,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brainlm.errors import DataError
@@ -178,6 +181,25 @@ def parcel_mask(mask_L: Tensor, num_parcels: int, groups: Tensor | None) -> Tens
     members = groups >= 0
     out[groups[members]] = rows[:, None].expand(-1, groups.shape[1], -1)[members]
     return out
+
+
+def as_mask(mask: Tensor | NDArray[Any], device: torch.device) -> Tensor:
+    """Return a mask as bool on a device: True, or 1, = hidden.
+
+    Raises
+    ------
+    DataError
+        If it holds anything but True and False, or 0 and 1.
+    """
+    found = torch.from_numpy(np.asarray(mask)) if isinstance(mask, np.ndarray) else mask
+    if not isinstance(found, Tensor):
+        raise DataError(f"mask: expected a tensor or an array, True = hidden, found {type(mask).__name__}")
+    found = found.to(device)
+    if found.dtype != torch.bool:
+        if not bool(((found == 0) | (found == 1)).all()):
+            raise DataError(f"mask: expected True (hidden) and False, or 1 and 0, found other values ({found.dtype})")
+        found = found == 1
+    return found
 
 
 def check_sizes(windows: Windows, patch_len: int) -> None:

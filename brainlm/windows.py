@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from brainlm.censoring import refill_censored
-from brainlm.errors import DataError
+from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.recording import Recording
-from brainlm.scaling import centre, scale
+from brainlm.scaling import centre, recording_mean, scale
 
 TR_TOLERANCE_S = 1e-3  # repetition times in headers are rounded
 
@@ -96,6 +98,26 @@ class Windows:
             tr_s=None if self.tr_s is None else self.tr_s.to(device),
         )
 
+    def as_seen(self, hidden_BPW: Tensor, empty_P: Tensor | None = None) -> Windows:
+        """Return the windows as they look where some values are hidden: no visible value tells of a hidden one.
+
+        Visible values at censored timepoints are interpolated anew, between values that are visible and kept.
+
+        Parameters
+        ----------
+        hidden_BPW : Tensor, shape (B, P, W), bool
+            These values stay as they are.
+        empty_P : Tensor, shape (P,), optional
+            The recording's mean in contract units, for parcels of which nothing kept is visible; None = 0.
+        """
+        if bool(self.kept.all()):
+            return self
+        values, kept = self.values.detach().float().cpu().numpy().copy(), self.kept.cpu().numpy()
+        empty = 0.0 if empty_P is None else empty_P.float().cpu().numpy()
+        for window, visible, kept_W in zip(values, ~hidden_BPW.cpu().numpy(), kept):
+            refill_censored(window, visible, kept_W, empty)
+        return replace(self, values=torch.from_numpy(values).to(self.values))
+
     def __getitem__(self, rows: slice) -> Windows:
         """Return some of the windows."""
         shared = self.coords_mm is None or self.coords_mm.ndim == 2
@@ -108,6 +130,18 @@ class Windows:
             tr_s=None if self.tr_s is None else self.tr_s[rows],
             starts=self.starts[rows],
         )
+
+
+def as_windows(
+    windows: Windows | Tensor | NDArray[Any], present_BP: Tensor | None = None, kept_BW: Tensor | None = None
+) -> Windows:
+    """Return Windows from values (P, W) or (B, P, W) in contract units."""
+    if isinstance(windows, Windows):
+        if present_BP is not None or kept_BW is not None:
+            raise ConfigError("present and kept are part of Windows: give them there")
+        return windows
+    values = torch.from_numpy(np.array(windows, dtype=np.float32)) if isinstance(windows, np.ndarray) else windows
+    return Windows.of(values[None] if values.ndim == 2 else values, present_BP, kept_BW)
 
 
 def cut_windows(
@@ -163,7 +197,7 @@ def cut_windows(
     missing = recording.missing_parcels() | ~own.usable
     bold = np.where(missing, np.float32(0), recording.bold)
     series = scale(centre(bold, keep), own)
-    empty = np.where(own.usable, -own.median / np.where(own.usable, own.iqr, 1), 0)
+    empty = recording_mean(own)
     values = np.zeros((len(starts), recording.num_parcels, W), dtype=np.float32)
     kept = np.zeros((len(starts), W), dtype=bool)
     visible = np.ones((recording.num_parcels, W // contract.patch_len), dtype=bool)
@@ -171,7 +205,7 @@ def cut_windows(
         part = series[start : start + W]
         values[i, :, : len(part)] = part.T
         kept[i, : len(part)] = keep[start : start + W]
-        refill_censored(values[i], visible, kept[i], empty.astype(np.float32))
+        refill_censored(values[i], visible, kept[i], empty)
     present = torch.from_numpy(~missing).expand(len(starts), -1)
     return Windows(
         values=torch.from_numpy(values),
@@ -197,7 +231,7 @@ def pad_windows(parts: Sequence[Windows], contract: InputContract) -> Windows:
     P, W = (max(part.values.shape[axis] for part in parts) for axis in (1, 2))
     own_coords = any(part.coords_mm is not None for part in parts)
     own_tr = any(part.tr_s is not None for part in parts)
-    contract_coords = torch.from_numpy(contract.atlas.coords_mm.copy())
+    contract_coords = torch.from_numpy(contract.atlas.coords_mm.copy()).to(parts[0].values.device)
     values, present, kept, coords, tr = [], [], [], [], []
     for part in parts:
         b, p, w = part.values.shape
@@ -208,12 +242,13 @@ def pad_windows(parts: Sequence[Windows], contract: InputContract) -> Windows:
         kept.append(torch.nn.functional.pad(part.kept, (0, W - w)))
         where = contract_coords if part.coords_mm is None else part.coords_mm
         coords.append(torch.nn.functional.pad(where.expand(b, p, 3), (0, 0, 0, P - p)))
-        tr.append(torch.full((b,), contract.tr_s) if part.tr_s is None else part.tr_s)
+        tr.append(part.values.new_full((b,), contract.tr_s) if part.tr_s is None else part.tr_s)
+    starts_known = all(len(part.starts) == len(part) for part in parts)
     return Windows(
         values=torch.cat(values),
         present=torch.cat(present),
         kept=torch.cat(kept),
         coords_mm=torch.cat(coords) if own_coords else None,
         tr_s=torch.cat(tr) if own_tr else None,
-        starts=tuple(start for part in parts for start in part.starts),
+        starts=tuple(start for part in parts for start in part.starts) if starts_known else (),
     )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from brainlm.censoring import refill_censored
 from brainlm.ordering import even_starts
-from brainlm.scaling import scale
+from brainlm.scaling import recording_mean, scale
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
 from eval.masks import random_mask
 from eval.models import Network
@@ -99,8 +99,7 @@ def attention(
         windows[:, here] = windows[:, order]
     windows_z = scale(windows.swapaxes(1, 2), network.contract).swapaxes(1, 2)
     windows_z = np.where(scored_P[:, None], windows_z, np.float32(0.0))
-    median, iqr = network.contract.median, np.where(network.contract.usable, network.contract.iqr, np.float32(1.0))
-    mean_z = np.where(network.contract.usable, -median / iqr, np.float32(0.0))
+    mean_z = recording_mean(network.contract)
     jobs = []
     for number in range(num_masks):
         for i, start in enumerate(starts):

@@ -15,7 +15,7 @@ from brainlm.errors import DataError, TrainingError
 from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
-from brainlm.scaling import scale
+from brainlm.scaling import recording_mean, scale
 from brainlm.shards import SplitReader
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows
 from train.engine import Engine
@@ -41,10 +41,8 @@ class HeldOut:
         num_patches = contract.window_len // contract.patch_len
         coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
         groups = parcel_groups(coords_mm, patch_parcels) if patch_parcels > 1 else None
-        # In contract units the recording's own mean is not 0 but -median / IQR.
-        zero = -contract.median / np.where(contract.usable, contract.iqr, 1.0)
-        recording_mean = np.where(contract.usable, zero, 0.0).astype(np.float32)
-        self.recording_mean = torch.from_numpy(recording_mean)
+        empty = recording_mean(contract)
+        self.recording_mean = torch.from_numpy(empty)
         for index, entry in enumerate(reader.entries[: settings.max_recordings]):
             series = reader.recording(index)
             present = torch.from_numpy(reader.present(index) & contract.usable)
@@ -61,7 +59,7 @@ class HeldOut:
                     "random", len(rows_present), num_patches, settings.mask_ratio,
                     mask_generator(_SEED, entry.recording_id, start), rows_present,
                 )  # fmt: skip
-                refill_censored(window, ~parcel_mask(mask, len(present), groups).numpy(), kept, recording_mean)
+                refill_censored(window, ~parcel_mask(mask, len(present), groups).numpy(), kept, empty)
                 self.kept.append(torch.from_numpy(kept))
                 self.windows.append((torch.from_numpy(window), mask, present, torch.from_numpy(sd.astype(np.float32))))
 

@@ -24,7 +24,7 @@ def resolve_precision(settings: PretrainSettings) -> PretrainSettings:
 def multiplies_bf16() -> bool:
     """Say whether the GPU, or the processor where there is none, has instructions for products in bfloat16."""
     if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     # Not part of torch's public interface: a version without one of these trains in fp32.
     return any(
         bool(getattr(torch.cpu, name, bool)()) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")

@@ -191,6 +191,11 @@ def test_the_folder_above_is_refused_with_a_hint(folder: Path) -> None:
         load_checkpoint(str(folder.parent))
 
 
+def test_a_file_is_refused_with_a_hint(folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="is a file: give the folder that it lies in"):
+        load_checkpoint(str(folder / "model.safetensors"))
+
+
 def test_a_folder_without_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"holds no finished checkpoint \(no config\.json\)$"):
         load_checkpoint(str(tmp_path))

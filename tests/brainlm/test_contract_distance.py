@@ -56,9 +56,15 @@ class RightAtOne:
         self.contract = contract
         self.calls = 0
 
-    def reconstruct(self, windows: torch.Tensor, mask: torch.Tensor, present_BP: torch.Tensor) -> torch.Tensor:
+    def hidden_values(self, mask: torch.Tensor) -> torch.Tensor:
+        rows = mask.unflatten(1, (self.contract.atlas.num_parcels, -1))
+        return rows.repeat_interleave(self.contract.patch_len, dim=2)
+
+    def reconstruct(
+        self, windows: torch.Tensor, mask: torch.Tensor, present_BP: torch.Tensor, kept_BW: torch.Tensor
+    ) -> torch.Tensor:
         self.calls += 1
-        hidden = mask.unflatten(1, (windows.shape[1], -1)).repeat_interleave(self.contract.patch_len, dim=2)
+        hidden = self.hidden_values(mask)
         visible = ~hidden & present_BP[:, :, None]
         m = (windows * visible).sum(1, keepdim=True) / visible.sum(1, keepdim=True).clamp(min=1)
         answer = m * (1 + (m.abs() - 1) / 2)
@@ -137,7 +143,9 @@ def test_censored_timepoints_have_no_influence() -> None:
 
 def test_no_optimum_is_said_so() -> None:
     class Constant(RightAtOne):
-        def reconstruct(self, windows: torch.Tensor, mask: torch.Tensor, present_BP: torch.Tensor) -> torch.Tensor:
+        def reconstruct(
+            self, windows: torch.Tensor, mask: torch.Tensor, present_BP: torch.Tensor, kept_BW: torch.Tensor
+        ) -> torch.Tensor:
             return torch.full_like(windows, 0.5)
 
     found = measure_distance(Constant(contract_of()), [square_wave(1.0)])

@@ -8,6 +8,7 @@ import torch
 
 from brainlm.atlas import Atlas
 from brainlm.input_contract import InputContract
+from brainlm.layers import attend
 from brainlm.masking import make_mask, mask_generator
 from brainlm.model import BrainLM, ModelConfig
 
@@ -67,6 +68,21 @@ def test_attention_runs_in_a_flash_kernel() -> None:
         torch.cuda.synchronize()
     kernels = " ".join(event.key.lower() for event in profile.key_averages())
     assert "flash" in kernels or "cudnn" in kernels, kernels
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_memory_of_attention_is_linear_in_length(masked: bool) -> None:
+    def peak_bytes(num_tokens: int) -> int:
+        q, k, v = (torch.randn(1, 4, num_tokens, 64, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+        valid = torch.ones(1, num_tokens, dtype=torch.bool, device="cuda") if masked else None
+        if valid is not None:
+            valid[:, ::7] = False
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        attend(q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), valid).sum().backward()
+        return torch.cuda.max_memory_allocated() - before
+
+    assert peak_bytes(16384) < 2.5 * peak_bytes(8192)
 
 
 def test_reading_functions_work_on_the_gpu() -> None:

@@ -91,12 +91,14 @@ def test_a_generator_belongs_to_its_seed_and_position() -> None:
 @pytest.mark.parametrize("num_parts", [2, 3, 4, 7])
 @pytest.mark.parametrize("present", [None, PRESENT], ids=["all present", "two missing"])
 def test_complementary_masks_hide_every_token_exactly_once(num_parts: int, present: Tensor | None) -> None:
-    masks = complementary_masks(P, K, num_parts, mask_generator(0), present).view(num_parts, P, K)
     here = torch.ones(P, dtype=torch.bool) if present is None else present
-    assert (masks[:, here].sum(dim=0) == 1).all()
-    assert masks[:, ~here].all()
-    sizes = complementary_masks(P, K, num_parts, mask_generator(0)).sum(dim=1)
-    assert int(sizes.max() - sizes.min()) <= 1
+    seen = torch.stack([here.repeat_interleave(K), torch.ones(P * K, dtype=torch.bool)])
+    masks = complementary_masks(seen, num_parts, mask_generator(0))
+    assert masks.shape == (num_parts, 2, P * K)
+    assert (masks.sum(dim=0) == 1).all()
+    for tokens in (seen, ~seen):
+        sizes = (masks & tokens).sum(dim=2)  # (num_parts, 2)
+        assert int((sizes.amax(0) - sizes.amin(0)).max()) <= 1
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1, 1.5, float("nan")])
@@ -116,4 +118,4 @@ def test_a_mask_with_nothing_to_choose_from_is_refused() -> None:
     with pytest.raises(ConfigError, match="found 0"):
         grid("random", present=torch.zeros(P, dtype=torch.bool))
     with pytest.raises(ConfigError, match="num_parts: expected at least 2, found 1"):
-        complementary_masks(P, K, 1, mask_generator(0))
+        complementary_masks(torch.ones(1, P * K, dtype=torch.bool), 1, mask_generator(0))

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
@@ -20,6 +21,7 @@ from brainlm.layers import Attention
 from brainlm.masking import make_mask, mask_generator
 from brainlm.model import BrainLM, Encoded, Loss, ModelConfig
 from brainlm.positions import time_features
+from brainlm.testing import synthetic_atlas
 from brainlm.tokens import gather_tokens, sample_hidden
 
 B, P, W, PATCH = 3, 6, 20, 5
@@ -548,6 +550,40 @@ def test_padding_and_missing_parcels_are_not_attended_to(
     ignored = (key_ids == -2) | ((key_ids >= 0) & absent.gather(1, key_ids.clamp(min=0)))
     assert ignored.any()
     assert (weights[ignored[:, None, None, :].expand_as(weights)] == 0).all()
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many values the largest tensor had that an operation gave."""
+
+    num_values = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if isinstance(found, Tensor):
+            self.num_values = max(self.num_values, found.numel())
+        return found
+
+
+def test_attention_weights_are_in_memory_for_a_block_of_queries_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("brainlm.attention_maps.QUERY_BLOCK", 2)
+    num_parcels = 100
+    ones = np.ones(num_parcels, dtype=np.float32)
+    contract = InputContract(
+        atlas=synthetic_atlas(num_parcels), covered=ones > 0, median=0 * ones, iqr=ones, tr_s=2.0,
+        window_len=W, patch_len=PATCH,
+    )  # fmt: skip
+    model, one, tokens = build(contract), torch.zeros(1, num_parcels, W), num_parcels * K + 1
+    heads, width = model.config.num_heads, model.config.mlp_width
+    most = max(
+        2 * heads * tokens, 2 * tokens * width, (num_parcels + 1) ** 2
+    )
+    assert most < heads * tokens**2 / 4  # or nothing would be shown
+    with LargestTensor() as largest:
+        model.parcel_attention(one)
+    assert largest.num_values <= most
+    with LargestTensor() as largest:
+        model.attention(one, queries=slice(0, 3))
+    assert largest.num_values <= max(most, 3 * heads * tokens)
 
 
 def test_attention_of_some_queries_is_those_rows(contract: InputContract, windows: Tensor) -> None:

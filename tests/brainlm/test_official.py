@@ -255,7 +255,7 @@ def test_fine_tuned_prediction_without_noise_hides_nothing(pooling: bool) -> Non
     model = fine_tuned(use_mean_pooling=pooling, sigmoid_outputs=True)
     open_window = fine_tuned(use_mean_pooling=pooling, sigmoid_outputs=True, mask_ratio=0.0)
     noise = torch.rand(2, 729, generator=torch.Generator().manual_seed(5))  # any order: this family has no convolution
-    torch.testing.assert_close(model.predict(image()), open_window(image(), noise).pred)
+    torch.testing.assert_close(model.predict(image()), open_window(image(), noise).pred.sigmoid())
     assert torch.equal(model.predict(image()), model.predict(image()))
 
 
@@ -268,7 +268,9 @@ def test_embeddings_can_be_trained_through() -> None:
 def test_fine_tuned_outputs_and_losses_follow_the_configuration() -> None:
     noise, labels = torch.rand(2, 729), torch.tensor([1.0, 0.0])
     plain = fine_tuned()(image(), noise).pred
-    torch.testing.assert_close(fine_tuned(sigmoid_outputs=True)(image(), noise).pred, plain.sigmoid())
+    squashed = fine_tuned(sigmoid_outputs=True)
+    torch.testing.assert_close(squashed(image(), noise).pred, plain)  # as published: not without labels
+    torch.testing.assert_close(squashed(image(), noise, labels).pred, plain.sigmoid())
     p = plain.sigmoid()[:, 0]
     binary = fine_tuned(loss_fn="binary_cross_entropy", pos_weight=3.0)(image(), noise, labels).loss
     torch.testing.assert_close(binary, -(3 * p[0].log() + (1 - p[1]).log()) / 2)

@@ -99,7 +99,7 @@ def test_a_consumer_that_stops_cancels_the_rest() -> None:
 
 def test_a_missing_ray_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(ConfigError, match=r'pip install "brainlm\[data\]"'), ray_session():
+    with pytest.raises(ConfigError, match=r'pip install -e "\.\[data\]"'), ray_session():
         pass
 
 

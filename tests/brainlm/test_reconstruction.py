@@ -81,11 +81,11 @@ def test_a_whole_window_is_rebuilt_from_values_that_were_hidden(decoder: str, pa
     assert not torch.allclose(whole, model.reconstruct(values, num_parts=3, seed=6), atol=1e-4)
     for i in range(2):  # neither the batch nor another window of it matters
         torch.testing.assert_close(model.reconstruct(values[i], num_parts=3, seed=5)[0], whole[i], atol=1e-5, rtol=0)
-    masks = complementary_masks(model.num_rows, K, 3, mask_generator(5))
-    assert torch.equal(masks.sum(dim=0), torch.ones(model.num_rows * K, dtype=torch.int64))
+    masks = complementary_masks(torch.ones(1, model.num_rows * K, dtype=torch.bool), 3, mask_generator(5))
+    assert torch.equal(masks.sum(dim=0), torch.ones(1, model.num_rows * K, dtype=torch.int64))
     for mask in masks:
-        expected = model.reconstruct(values[:1], mask[None])
-        hidden = model.hidden_values(mask[None])
+        expected = model.reconstruct(values[:1], mask)
+        hidden = model.hidden_values(mask)
         torch.testing.assert_close(whole[:1][hidden], expected[hidden], atol=1e-5, rtol=0)
 
 

@@ -158,3 +158,10 @@ def test_precision_is_what_the_machine_does_fast(
     assert resolve_precision(automatic).engine.precision == expected
     chosen = dataclasses.replace(settings(), engine=EngineSettings(zero_stage=1, precision="bf16"))
     assert resolve_precision(chosen) == chosen
+
+
+def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
+    automatic = dataclasses.replace(settings(), engine=EngineSettings(zero_stage=1))
+    assert resolve_precision(automatic).engine.precision == "fp32"
