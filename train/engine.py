@@ -13,16 +13,19 @@ import math
 import os
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from brainlm.errors import ConfigError, TrainingError
+from brainlm.errors import ConfigError
 from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
 from train.settings import PretrainSettings, micro_batches
+from train.whole_state import WholeState, gather, gather_weights, restore
+
+T = TypeVar("T")
 
 
 def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
@@ -77,7 +80,7 @@ class Engine:
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
         self._norm = float("nan")
         self.config = deepspeed_dict(settings, world.size)
-        optimizer = torch.optim.AdamW(
+        self._torch_optimizer = optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
             lr=settings.optimizer.lr,
             betas=settings.optimizer.betas,
@@ -135,15 +138,9 @@ class Engine:
         if self.world.size > 1:
             torch.distributed.barrier()
 
-    def full_weights(self) -> dict[str, Tensor]:
-        """Gather float32 weights (the optimizer's own, not the rounded ones). All ranks take part."""
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        weights = {}
-        for name, parameter in self._engine.module.named_parameters():
-            full = safe_get_full_fp32_param(parameter)  # None in float32 at stage 0: the weights themselves
-            weights[name] = (parameter if full is None else full).detach().float().cpu().clone()
-        return weights
+    def whole_weights(self) -> dict[str, Tensor]:
+        """Gather float32 weights (the optimizer's own, not the rounded ones) on rank zero. All ranks take part."""
+        return gather_weights(self._engine, keep=self.world.is_rank_zero)
 
     @contextlib.contextmanager
     def whole_tokens(self) -> Iterator[None]:
@@ -156,16 +153,20 @@ class Engine:
         with deepspeed.zero.GatheredParameters([self.model.cls_token, self.model.mask_token]):
             yield
 
-    def save(self, folder: str, tag: str, client_state: dict[str, Any]) -> None:
-        """Write a snapshot. All ranks take part."""
-        self._engine.save_checkpoint(folder, tag=tag, client_state=client_state, save_latest=False)
+    def whole_state(self) -> WholeState | None:
+        """Gather weights and optimizer state on rank zero; None elsewhere. All ranks take part."""
+        return gather(self._engine, self._torch_optimizer, keep=self.world.is_rank_zero)
 
-    def load(self, folder: str, tag: str) -> dict[str, Any]:
-        """Restore a snapshot and return its client state. All ranks take part."""
-        path, client_state = self._engine.load_checkpoint(folder, tag=tag)
-        if path is None:
-            raise TrainingError(f"DeepSpeed could not load the snapshot {folder}/{tag}")
-        return dict(client_state)
+    def restore(self, whole: WholeState | None) -> None:
+        """Go on from a state that rank zero has. All ranks take part."""
+        restore(self._engine, self._torch_optimizer, whole)
+
+    def from_rank_zero(self, value: T) -> T:
+        """Return rank zero's value on every rank; it must be picklable. All ranks take part."""
+        said = [value]
+        if self.world.size > 1:
+            torch.distributed.broadcast_object_list(said, src=0)
+        return said[0]
 
     def close(self) -> None:
         """Leave the process group; what is left of gloo must not decide the exit status."""

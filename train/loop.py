@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-from pathlib import Path
 
 from brainlm.errors import TrainingError
 from brainlm.loader import WindowLoader
 from brainlm.presets import flops_per_window
+from brainlm.store import Store
 from brainlm.world import World
 from train.engine import Engine
 from train.held_out import HeldOut
@@ -19,6 +20,8 @@ from train.settings import PretrainSettings
 from train.snapshots import save_snapshot
 from train.state import TrainState
 
+logger = logging.getLogger(__name__)
+
 
 def train(
     engine: Engine,
@@ -26,7 +29,7 @@ def train(
     held_out: HeldOut,
     state: TrainState,
     settings: PretrainSettings,
-    folder: Path,
+    snapshots: Store,
     world: World,
     reporter: Reporter | None,
     interruption: Interruption,
@@ -118,7 +121,11 @@ def train(
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
         if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
             started = time.perf_counter()
-            save_snapshot(engine, state, folder / "snapshots", run.keep_snapshots, world)
+            problem = save_snapshot(engine, state, snapshots, run.keep_snapshots, world)
+            if problem and (last or stopping):
+                raise TrainingError(f"the last snapshot could not be saved: {problem}")
+            if problem:
+                logger.warning("no snapshot of step %d: %s; training goes on", state.step, problem)
             since.paused_s += time.perf_counter() - started
         if stopping and not last:
             return False

@@ -29,6 +29,7 @@ from brainlm.loader import WindowLoader
 from brainlm.model import BrainLM, ModelConfig
 from brainlm.presets import flops_per_window
 from brainlm.provenance import git_commit, versions
+from brainlm.store import Store
 from brainlm.world import World, read_world
 from train.engine import Engine, deepspeed_dict
 from train.held_out import HeldOut
@@ -43,9 +44,10 @@ from train.state import TrainState
 logger = logging.getLogger("pretrain")
 DONE = "done.json"
 DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
-# Settings that a run may go on with changed: they do not touch the weights.
+# Settings that a run may go on with changed: they touch the weights by rounding at most.
 MAY_CHANGE = {
-    "run.out", "run.log_every", "run.snapshot_every", "run.keep_snapshots", "engine.threads", "engine.timeout_s",
+    "run.out", "run.storage", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
+    "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
 }  # fmt: skip
 
 
@@ -171,14 +173,15 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     engine = Engine(settings, model, world)
     engine.barrier()
 
-    state = resume_newest(engine, folder / "snapshots", world)
+    snapshots = Store(f"{settings.run.storage or settings.run.out}/snapshots")
+    state = resume_newest(engine, snapshots, world)
     if state is not None:
         logger.info("resumed after step %d", state.step)
     state = state or TrainState()
     interruption = Interruption().install()
     reporter = Reporter(folder, settings.run.steps, state.step) if world.is_rank_zero else None
     try:
-        finished = train(engine, loader, held_out, state, settings, folder, world, reporter, interruption)
+        finished = train(engine, loader, held_out, state, settings, snapshots, world, reporter, interruption)
     finally:
         if reporter is not None:
             reporter.__exit__(None, None, None)
@@ -187,9 +190,9 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         engine.close()
         return 0
 
-    weights = engine.full_weights()
+    weights = engine.whole_weights()
     if world.is_rank_zero:
-        checkpoint = folder / "checkpoints" / f"step-{state.step}"
+        checkpoint = f"{settings.run.storage or settings.run.out}/checkpoints/step-{state.step}"
         subjects = sorted({entry.subject for entry in reader.entries})
         manifest |= {
             "step": state.step,
@@ -197,8 +200,8 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
             "val_r2": state.val_r2,
             "best_val_r2": state.best_val_r2,
         }
-        sha256 = save_checkpoint(str(checkpoint), model, manifest, subjects, weights)
-        done_text = json.dumps({"checkpoint": str(checkpoint), "weights_sha256": sha256, "step": state.step})
+        sha256 = save_checkpoint(checkpoint, model, manifest, subjects, weights)
+        done_text = json.dumps({"checkpoint": checkpoint, "weights_sha256": sha256, "step": state.step})
         (folder / f"{DONE}.tmp").write_text(done_text)
         os.replace(folder / f"{DONE}.tmp", folder / DONE)
         logger.info("done: %s", checkpoint)

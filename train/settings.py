@@ -110,7 +110,9 @@ class RunSettings(Section):
     """Where it is written, how long it goes on."""
 
     out: str
-    """Folder of this training run, on local disk."""
+    """Folder of this training run, on local disk: settings, metrics, TensorBoard."""
+    storage: str | None = None
+    """URL of a folder for snapshots and checkpoints (s3://...); null = `out`."""
     steps: int = 1000
     seed: int = 0
     log_every: int = 20
@@ -123,7 +125,10 @@ class RunSettings(Section):
             if getattr(self, name) < 1:
                 raise ConfigError(f"run.{name}: expected at least 1, found {getattr(self, name)}")
         if "://" in self.out:
-            raise ConfigError(f"run.out={self.out}: training runs are written to local disk only, not yet to a URL")
+            raise ConfigError(
+                f"run.out={self.out}: metrics are written to local disk; give the URL as run.storage, where snapshots "
+                "and checkpoints go"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

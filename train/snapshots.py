@@ -1,58 +1,152 @@
-"""Snapshots: everything needed to resume, in ``snapshots/step-N``. One with a marker file is complete."""
+"""Snapshots: all that a training run goes on from, in ``step-N`` of any storage.
+
+::
+
+    weights.safetensors, exp_avg.safetensors, exp_avg_sq.safetensors    float32, by parameter name
+    state.json                                                         counters (`train.state.TrainState`)
+    complete.json                                                      sha256 of these; written last
+
+Tensors are whole, so that a snapshot fits any number of ranks and any ZeRO stage, and needs no storage that all hosts
+share: rank zero writes and reads, and sends to the others. A damaged snapshot is passed over for the one before.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-import shutil
-from pathlib import Path
+import logging
 
-from brainlm.errors import CheckpointError
+from torch import Tensor
+
+from brainlm.errors import CheckpointError, StoreError
+from brainlm.store import Store
 from brainlm.world import World
 from train.engine import Engine
 from train.state import TrainState
+from train.whole_state import MOMENTS, WholeState
 
-MARKER = "complete.json"
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2  # 1 was DeepSpeed's own format
+WEIGHTS, STATE, MARKER = "weights.safetensors", "state.json", "complete.json"
 
 
-def complete_snapshots(folder: Path) -> list[int]:
+def complete_snapshots(store: Store) -> list[int]:
     """Return the steps of complete snapshots, oldest first."""
-    steps = []
-    for path in folder.glob("step-*"):
-        number = path.name.removeprefix("step-")
-        if number.isdigit() and (path / MARKER).is_file():
-            steps.append(int(number))
-    return sorted(steps)
+    numbers = [name.removeprefix("step-") for name in store.names() if name.startswith("step-")]
+    return sorted(int(number) for number in numbers if number.isdigit() and store.exists(f"step-{number}/{MARKER}"))
 
 
-def save_snapshot(engine: Engine, state: TrainState, folder: Path, keep: int, world: World) -> None:
-    """Write a snapshot, mark it complete, then remove the oldest beyond `keep`. All ranks take part."""
-    tag = f"step-{state.step}"
-    path = folder / tag
-    if world.is_rank_zero and path.exists():
-        shutil.rmtree(path)  # left unfinished by a killed run
-    engine.barrier()
-    engine.save(str(folder), tag, state.to_dict())
-    engine.barrier()
+def save_snapshot(engine: Engine, state: TrainState, store: Store, keep: int, world: World) -> str:
+    """Write a snapshot, mark it complete, then remove the oldest beyond `keep`. All ranks take part.
+
+    Returns
+    -------
+    str
+        Why it could not be saved; "" if it was. The same on every rank. What was there before is left alone.
+    """
+    whole = engine.whole_state()
+    problem = ""
+    if whole is not None:
+        try:
+            _write(whole, state, store)
+            for step in complete_snapshots(store)[:-keep]:
+                store.remove(f"step-{step}/{MARKER}")  # first, or a killed run would leave half a snapshot
+                store.remove(f"step-{step}")
+        except StoreError as error:
+            problem = str(error)
+    return engine.from_rank_zero(problem)
+
+
+def resume_newest(engine: Engine, store: Store, world: World) -> TrainState | None:
+    """Restore the newest snapshot that is whole; None if there is none. All ranks take part.
+
+    Raises
+    ------
+    CheckpointError
+        On all ranks: if there are snapshots and every one is damaged, or they are of another model or version.
+    """
+    whole, tree, problem = None, None, ""
     if world.is_rank_zero:
-        temporary = path / f"{MARKER}.tmp"
-        temporary.write_text(json.dumps({"step": state.step, "world_size": world.size}))
-        os.replace(temporary, path / MARKER)
-        for step in complete_snapshots(folder)[:-keep]:
-            (folder / f"step-{step}" / MARKER).unlink()
-            shutil.rmtree(folder / f"step-{step}")
-
-
-def resume_newest(engine: Engine, folder: Path, world: World) -> TrainState | None:
-    """Restore the newest complete snapshot; None if there is none. All ranks take part."""
-    steps = complete_snapshots(folder)
-    if not steps:
+        try:
+            whole, tree = read_newest(store)
+        except (CheckpointError, StoreError) as error:
+            problem = str(error)
+    tree, problem = engine.from_rank_zero((tree, problem))
+    if problem:
+        raise CheckpointError(problem)
+    if tree is None:
         return None
-    tag = f"step-{steps[-1]}"
-    marker = json.loads((folder / tag / MARKER).read_text())
-    if marker["world_size"] != world.size:
+    engine.restore(whole)
+    return TrainState.from_dict(tree, store.url)
+
+
+def _write(whole: WholeState, state: TrainState, store: Store) -> None:
+    from safetensors.torch import save
+
+    folder = f"step-{state.step}"
+    store.remove(f"{folder}/{MARKER}")  # left by a killed run, and about to be overwritten
+    files: dict[str, dict[str, int | str]] = {}
+    tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: whole.weights}
+    tensors |= {f"{key}.safetensors": moments for key, moments in whole.moments.items()}
+    for name, found in tensors.items():
+        data = save(found)
+        store.write_bytes(f"{folder}/{name}", data)
+        files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
+    text = json.dumps({**state.to_dict(), "num_updates": whole.num_updates}).encode()
+    store.write_bytes(f"{folder}/{STATE}", text)
+    files[STATE] = {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
+    store.write_json(f"{folder}/{MARKER}", {"format_version": FORMAT_VERSION, "step": state.step, "files": files})
+
+
+def read_newest(store: Store) -> tuple[WholeState | None, dict[str, object] | None]:
+    """Return what is in the newest snapshot that is whole: tensors, and counters. None, None if there is none.
+
+    Raises
+    ------
+    CheckpointError
+        If there are snapshots and every one is damaged, or one is of another version.
+    """
+    steps = complete_snapshots(store)
+    for step in reversed(steps):
+        try:
+            return _read(store, f"step-{step}")
+        except _DamagedError as error:
+            logger.warning("%s: going on from the snapshot before it", error)
+    if steps:
         raise CheckpointError(
-            f"{folder / tag} was written by {marker['world_size']} ranks, this run has {world.size}: "
-            "resuming at another number of ranks is not supported yet; start with the same number"
+            f"{store.url}: all {len(steps)} snapshots are damaged. Remove the folder of the training run to begin anew"
         )
-    return TrainState.from_dict(engine.load(str(folder), tag), str(folder / tag))
+    return None, None
+
+
+class _DamagedError(CheckpointError):
+    """A snapshot's bytes are not those that were written."""
+
+
+def _read(store: Store, folder: str) -> tuple[WholeState, dict[str, object]]:
+    from safetensors.torch import load
+
+    where = store.url_of(folder)
+    try:
+        marker = json.loads(store.read_bytes(f"{folder}/{MARKER}"))
+    except ValueError as error:
+        raise _DamagedError(f"{where}/{MARKER} is damaged") from error
+    if not isinstance(marker, dict) or marker.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{where} was written by another version of brainlm, which must finish this training run; "
+            "or choose another run.out"
+        )
+    data = {}
+    for name, expected in marker["files"].items():
+        try:
+            data[name] = store.read_bytes(f"{folder}/{name}")
+        except StoreError as error:
+            if store.exists(f"{folder}/{name}"):
+                raise
+            raise _DamagedError(f"{where}/{name} is missing") from error
+        if hashlib.sha256(data[name]).hexdigest() != expected["sha256"]:
+            raise _DamagedError(f"{where}/{name} is damaged ({len(data[name])} of {expected['bytes']} bytes)")
+    tree = json.loads(data[STATE])
+    moments = {key: load(data[f"{key}.safetensors"]) for key in MOMENTS if f"{key}.safetensors" in data}
+    return WholeState(load(data[WEIGHTS]), moments, int(tree.pop("num_updates"))), tree

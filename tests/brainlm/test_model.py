@@ -574,9 +574,7 @@ def test_attention_weights_are_in_memory_for_a_block_of_queries_alone(monkeypatc
     )  # fmt: skip
     model, one, tokens = build(contract), torch.zeros(1, num_parcels, W), num_parcels * K + 1
     heads, width = model.config.num_heads, model.config.mlp_width
-    most = max(
-        2 * heads * tokens, 2 * tokens * width, (num_parcels + 1) ** 2
-    )
+    most = max(2 * heads * tokens, 2 * tokens * width, (num_parcels + 1) ** 2)
     assert most < heads * tokens**2 / 4  # or nothing would be shown
     with LargestTensor() as largest:
         model.parcel_attention(one)

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from brainlm.testing import write_synthetic_dataset
 
@@ -84,10 +87,44 @@ def metrics(out: Path) -> dict[int, dict[str, float]]:
     return {row["step"]: row for row in rows}
 
 
+Trained = Callable[..., Path]
+
+
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[[Path], Path]) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, write_config: Callable[[Path], Path]) -> Trained:
+    """Give undisturbed training runs of 12 steps, each made once: overrides, and the number of ranks."""
+    made: dict[tuple[object, ...], Path] = {}
+
+    def train(*overrides: str, ranks: int | None = None) -> Path:
+        key = (*overrides, ranks)
+        if key not in made:
+            out = tmp_path_factory.mktemp("runs") / "undisturbed"
+            result = run(write_config(out), *overrides, ranks=ranks)
+            assert (out / "done.json").is_file(), result.stdout + result.stderr
+            made[key] = out
+        return made[key]
+
+    return train
+
+
+@pytest.fixture(scope="session")
+def finished(trained: Trained) -> Path:
     """An undisturbed run of 12 steps in one process."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    result = run(write_config(out))
-    assert result.returncode == 0, result.stderr
+    return trained()
+
+
+def stopped_after(finished: Path, step: int, out: Path) -> Path:
+    """Make `out` look as if the run in `finished` had been killed after the snapshot of a step."""
+    shutil.copytree(finished, out)
+    (out / "done.json").unlink()
+    shutil.rmtree(out / "checkpoints")
+    for path in (out / "snapshots").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+    assert (out / "snapshots" / f"step-{step}" / "complete.json").is_file()
     return out
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    """Return the weights that a finished run has written."""
+    return load_file(Path(json.loads((out / "done.json").read_text())["checkpoint"]) / "model.safetensors")

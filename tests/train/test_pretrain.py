@@ -15,15 +15,10 @@ import yaml
 
 from brainlm.checkpoint import seen_subjects
 from brainlm.model import BrainLM
-from tests.train.conftest import command, environment, metrics, run
+from tests.train.conftest import Trained, command, environment, metrics, run, weights
 from train.pretrain import lock_folder
 
 Config = Callable[[Path], Path]
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    checkpoint = json.loads((out / "done.json").read_text())["checkpoint"]
-    return BrainLM.from_pretrained(checkpoint).state_dict()
 
 
 def test_a_run_leaves_every_file_that_is_promised(finished: Path) -> None:
@@ -119,11 +114,9 @@ def test_sigterm_saves_a_snapshot_and_the_run_can_go_on(finished: Path, tmp_path
 
 
 def test_two_ranks_of_the_deepspeed_launcher_train_the_same_model(
-    finished: Path, tmp_path: Path, write_config: Config
+    finished: Path, trained: Trained, write_config: Config
 ) -> None:
-    out = tmp_path / "two"
-    result = run(write_config(out), "data.micro_batch_size=1", ranks=2)
-    assert (out / "done.json").is_file(), result.stdout + result.stderr
+    out = trained("data.micro_batch_size=1", ranks=2)
     one, two = metrics(finished), metrics(out)
     for step in one:  # float32: other summation orders, amplified by a few updates
         assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)

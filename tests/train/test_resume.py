@@ -1,0 +1,117 @@
+"""A training run goes on to the same bits, at any number of ranks and any ZeRO stage, past damaged snapshots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from brainlm.store import Store
+from tests.train.conftest import Trained, metrics, run, stopped_after, weights
+from train.snapshots import read_newest
+
+Config = Callable[[Path], Path]
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+def test_a_run_goes_on_bit_by_bit(
+    stage: int, precision: str, trained: Trained, tmp_path: Path, write_config: Config
+) -> None:
+    options = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
+    options = [option for option in options if option not in ("engine.zero_stage=1", "engine.precision=fp32")]
+    undisturbed = trained(*options)
+    out = stopped_after(undisturbed, 8, tmp_path / "run")
+    result = run(write_config(out), *options)
+    assert result.returncode == 0, result.stderr
+    assert "resumed after step 8" in result.stderr
+    ours, theirs = weights(out), weights(undisturbed)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert metrics(out)[12]["val_r2"] == metrics(undisturbed)[12]["val_r2"]
+    assert [metrics(out)[step]["loss"] for step in range(1, 13)] == [
+        metrics(undisturbed)[step]["loss"] for step in range(1, 13)
+    ]
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, 2), (3, 2), (0, 1), (3, 1)])
+def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
+    stage: int, ranks: int, finished: Path, tmp_path: Path, write_config: Config
+) -> None:
+    out = stopped_after(finished, 8, tmp_path / "run")
+    result = run(write_config(out), f"engine.zero_stage={stage}", ranks=ranks if ranks > 1 else None)
+    assert (out / "done.json").is_file(), result.stdout + result.stderr
+    for step in range(9, 13):  # the same windows and masks; float32 in other orders of summation
+        assert metrics(out)[step]["loss"] == pytest.approx(metrics(finished)[step]["loss"], rel=1e-4)
+    ours, theirs = weights(out), weights(finished)
+    for name in theirs:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+
+
+def test_two_ranks_go_on_as_one(trained: Trained, finished: Path, tmp_path: Path, write_config: Config) -> None:
+    out = stopped_after(trained("data.micro_batch_size=1", ranks=2), 8, tmp_path / "run")
+    result = run(write_config(out))
+    assert result.returncode == 0, result.stderr
+    for step in range(9, 13):
+        assert metrics(out)[step]["loss"] == pytest.approx(metrics(finished)[step]["loss"], rel=1e-4)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("spoil", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("name", ["weights.safetensors", "exp_avg_sq.safetensors", "state.json", "complete.json"])
+def test_a_damaged_snapshot_is_passed_over(
+    spoil: Callable[[Path], None], name: str, finished: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = stopped_after(finished, 12, tmp_path / "run") / "snapshots"
+    spoil(folder / "step-12" / name)
+    whole, counters = read_newest(Store(str(folder)))
+    assert whole is not None
+    assert counters is not None
+    assert (counters["step"], whole.num_updates) == (8, 8)
+    if not (name == "complete.json" and spoil is Path.unlink):  # that one was never complete
+        assert "step-12" in caplog.text
+        assert "going on from the snapshot before it" in caplog.text
+
+
+def test_a_run_goes_on_past_a_damaged_snapshot(finished: Path, tmp_path: Path, write_config: Config) -> None:
+    out = stopped_after(finished, 12, tmp_path / "run")
+    flip(out / "snapshots" / "step-12" / "exp_avg.safetensors")
+    result = run(write_config(out))
+    assert result.returncode == 0, result.stderr
+    assert "exp_avg.safetensors is damaged" in result.stderr
+    assert "resumed after step 8" in result.stderr
+    assert all(torch.equal(value, weights(finished)[key]) for key, value in weights(out).items())
+
+
+def test_a_run_of_which_every_snapshot_is_damaged_does_not_begin_anew(
+    finished: Path, tmp_path: Path, write_config: Config
+) -> None:
+    out = stopped_after(finished, 12, tmp_path / "run")
+    for step in (8, 12):
+        flip(out / "snapshots" / f"step-{step}" / "weights.safetensors")
+    before = (out / "metrics.jsonl").read_bytes()
+    result = run(write_config(out))
+    assert result.returncode == 1
+    assert "all 2 snapshots are damaged" in result.stderr
+    assert (out / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_snapshot_of_an_earlier_version_is_refused(finished: Path, tmp_path: Path, write_config: Config) -> None:
+    out = stopped_after(finished, 8, tmp_path / "run")
+    (out / "snapshots" / "step-8" / "complete.json").write_text(json.dumps({"step": 8, "world_size": 1}))
+    result = run(write_config(out))
+    assert result.returncode == 1
+    assert "was written by another version of brainlm" in result.stderr
