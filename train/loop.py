@@ -9,7 +9,6 @@ import time
 from brainlm.errors import TrainingError
 from brainlm.loader import WindowLoader
 from brainlm.presets import flops_per_window
-from brainlm.store import Store
 from brainlm.world import World
 from train.engine import Engine
 from train.held_out import HeldOut
@@ -17,7 +16,7 @@ from train.interruption import Interruption
 from train.reporting import Reporter, peak_flops
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
-from train.snapshots import save_snapshot
+from train.snapshots import Snapshots
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
@@ -29,7 +28,7 @@ def train(
     held_out: HeldOut,
     state: TrainState,
     settings: PretrainSettings,
-    snapshots: Store,
+    snapshots: Snapshots,
     world: World,
     reporter: Reporter | None,
     interruption: Interruption,
@@ -121,11 +120,10 @@ def train(
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
         if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
             started = time.perf_counter()
-            problem = save_snapshot(engine, state, snapshots, run.keep_snapshots, world)
-            if problem and (last or stopping):
-                raise TrainingError(f"the last snapshot could not be saved: {problem}")
-            if problem:
-                logger.warning("no snapshot of step %d: %s; training goes on", state.step, problem)
+            if problem := snapshots.begin(state):
+                logger.warning("%s; training goes on", problem)
+            if (last or stopping) and (problem := snapshots.wait()):
+                raise TrainingError(f"{problem}. Nothing after the snapshot before it is kept")
             since.paused_s += time.perf_counter() - started
         if stopping and not last:
             return False

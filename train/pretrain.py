@@ -38,7 +38,7 @@ from train.loop import train
 from train.precision import resolve_precision
 from train.reporting import Reporter
 from train.settings import PretrainSettings, check_settings, micro_batches
-from train.snapshots import resume_newest
+from train.snapshots import Snapshots, resume_newest
 from train.state import TrainState
 
 logger = logging.getLogger("pretrain")
@@ -46,7 +46,7 @@ DONE = "done.json"
 DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
 # Settings that a run may go on with changed: they touch the weights by rounding at most.
 MAY_CHANGE = {
-    "run.out", "run.storage", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
+    "run.out", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
 }  # fmt: skip
 
@@ -173,16 +173,18 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     engine = Engine(settings, model, world)
     engine.barrier()
 
-    snapshots = Store(f"{settings.run.storage or settings.run.out}/snapshots")
-    state = resume_newest(engine, snapshots, world)
+    store = Store(f"{settings.run.storage or settings.run.out}/snapshots")
+    state = resume_newest(engine, store)
     if state is not None:
         logger.info("resumed after step %d", state.step)
     state = state or TrainState()
+    snapshots = Snapshots(engine, store, settings.run.keep_snapshots)
     interruption = Interruption().install()
     reporter = Reporter(folder, settings.run.steps, state.step) if world.is_rank_zero else None
     try:
         finished = train(engine, loader, held_out, state, settings, snapshots, world, reporter, interruption)
     finally:
+        snapshots.close()
         if reporter is not None:
             reporter.__exit__(None, None, None)
     if not finished:

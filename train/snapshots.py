@@ -15,12 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
+from typing import Any
 
 from torch import Tensor
 
 from brainlm.errors import CheckpointError, StoreError
 from brainlm.store import Store
-from brainlm.world import World
 from train.engine import Engine
 from train.state import TrainState
 from train.whole_state import MOMENTS, WholeState
@@ -28,6 +29,8 @@ from train.whole_state import MOMENTS, WholeState
 logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1 was DeepSpeed's own format
+WAIT_AT_ONCE_S = 1.0
+CLOSE_WITHIN_S = 60.0
 WEIGHTS, STATE, MARKER = "weights.safetensors", "state.json", "complete.json"
 
 
@@ -37,28 +40,69 @@ def complete_snapshots(store: Store) -> list[int]:
     return sorted(int(number) for number in numbers if number.isdigit() and store.exists(f"step-{number}/{MARKER}"))
 
 
-def save_snapshot(engine: Engine, state: TrainState, store: Store, keep: int, world: World) -> str:
-    """Write a snapshot, mark it complete, then remove the oldest beyond `keep`. All ranks take part.
+class Snapshots:
+    """Writes snapshots while training goes on: only gathering the tensors on rank zero holds it up.
 
-    Returns
-    -------
-    str
-        Why it could not be saved; "" if it was. The same on every rank. What was there before is left alone.
+    `begin` and `wait` are called by all ranks together. A snapshot that could not be written leaves those before it alone.
+
+    Parameters
+    ----------
+    keep : int
+        Older ones are removed once a newer one is complete.
     """
-    whole = engine.whole_state()
-    problem = ""
-    if whole is not None:
+
+    def __init__(self, engine: Engine, store: Store, keep: int) -> None:
+        self._engine, self._store, self._keep = engine, store, keep
+        self._thread: threading.Thread | None = None  # on rank zero alone
+        self._problem = ""
+
+    def begin(self, state: TrainState) -> str:
+        """Wait for the snapshot before, gather, and begin to write. Returns what `wait` said of the one before."""
+        problem = self.wait()
+        whole = self._engine.whole_state()
+        if whole is not None:
+            arguments = (whole, state.to_dict())
+            self._thread = threading.Thread(target=self._write, args=arguments, name="brainlm-snapshot", daemon=True)
+            self._thread.start()
+        return problem
+
+    def wait(self) -> str:
+        """Wait until nothing is being written.
+
+        Returns
+        -------
+        str
+            Why the last snapshot could not be written, the same on every rank; "" if it was, or if this was said.
+        """
+        while self._engine.from_rank_zero(self._is_busy()):  # the others wait no longer than this for any message
+            pass
+        problem, self._problem = self._problem, ""
+        return self._engine.from_rank_zero(problem)
+
+    def close(self) -> None:
+        """Let rank zero end what it is writing, after an error. Not together: the other ranks may be gone."""
+        if self._thread is not None:
+            self._thread.join(timeout=CLOSE_WITHIN_S)
+
+    def _is_busy(self) -> bool:
+        if self._thread is not None:
+            self._thread.join(timeout=WAIT_AT_ONCE_S)
+            if self._thread.is_alive():
+                return True
+            self._thread = None
+        return False
+
+    def _write(self, whole: WholeState, counters: dict[str, Any]) -> None:
         try:
-            _write(whole, state, store)
-            for step in complete_snapshots(store)[:-keep]:
-                store.remove(f"step-{step}/{MARKER}")  # first, or a killed run would leave half a snapshot
-                store.remove(f"step-{step}")
-        except StoreError as error:
-            problem = str(error)
-    return engine.from_rank_zero(problem)
+            write_snapshot(self._store, whole, counters)
+            for step in complete_snapshots(self._store)[: -self._keep]:
+                self._store.remove(f"step-{step}/{MARKER}")  # first, or a killed run would leave half a snapshot
+                self._store.remove(f"step-{step}")
+        except Exception as error:  # told to all ranks by `wait`
+            self._problem = f"the snapshot of step {counters['step']} could not be written: {error}"
 
 
-def resume_newest(engine: Engine, store: Store, world: World) -> TrainState | None:
+def resume_newest(engine: Engine, store: Store) -> TrainState | None:
     """Restore the newest snapshot that is whole; None if there is none. All ranks take part.
 
     Raises
@@ -67,7 +111,7 @@ def resume_newest(engine: Engine, store: Store, world: World) -> TrainState | No
         On all ranks: if there are snapshots and every one is damaged, or they are of another model or version.
     """
     whole, tree, problem = None, None, ""
-    if world.is_rank_zero:
+    if engine.world.is_rank_zero:
         try:
             whole, tree = read_newest(store)
         except (CheckpointError, StoreError) as error:
@@ -81,10 +125,11 @@ def resume_newest(engine: Engine, store: Store, world: World) -> TrainState | No
     return TrainState.from_dict(tree, store.url)
 
 
-def _write(whole: WholeState, state: TrainState, store: Store) -> None:
+def write_snapshot(store: Store, whole: WholeState, counters: dict[str, Any]) -> None:
+    """Write a snapshot of the step that `counters` names, and mark it complete."""
     from safetensors.torch import save
 
-    folder = f"step-{state.step}"
+    folder = f"step-{counters['step']}"
     store.remove(f"{folder}/{MARKER}")  # left by a killed run, and about to be overwritten
     files: dict[str, dict[str, int | str]] = {}
     tensors: dict[str, dict[str, Tensor]] = {WEIGHTS: whole.weights}
@@ -93,13 +138,13 @@ def _write(whole: WholeState, state: TrainState, store: Store) -> None:
         data = save(found)
         store.write_bytes(f"{folder}/{name}", data)
         files[name] = {"sha256": hashlib.sha256(data).hexdigest(), "bytes": len(data)}
-    text = json.dumps({**state.to_dict(), "num_updates": whole.num_updates}).encode()
+    text = json.dumps({**counters, "num_updates": whole.num_updates}).encode()
     store.write_bytes(f"{folder}/{STATE}", text)
     files[STATE] = {"sha256": hashlib.sha256(text).hexdigest(), "bytes": len(text)}
-    store.write_json(f"{folder}/{MARKER}", {"format_version": FORMAT_VERSION, "step": state.step, "files": files})
+    store.write_json(f"{folder}/{MARKER}", {"format_version": FORMAT_VERSION, "step": counters["step"], "files": files})
 
 
-def read_newest(store: Store) -> tuple[WholeState | None, dict[str, object] | None]:
+def read_newest(store: Store) -> tuple[WholeState | None, dict[str, Any] | None]:
     """Return what is in the newest snapshot that is whole: tensors, and counters. None, None if there is none.
 
     Raises
@@ -124,7 +169,7 @@ class _DamagedError(CheckpointError):
     """A snapshot's bytes are not those that were written."""
 
 
-def _read(store: Store, folder: str) -> tuple[WholeState, dict[str, object]]:
+def _read(store: Store, folder: str) -> tuple[WholeState, dict[str, Any]]:
     from safetensors.torch import load
 
     where = store.url_of(folder)
