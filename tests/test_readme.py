@@ -35,7 +35,8 @@ def configs() -> list[Path]:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_file_that_a_page_names_is_there(page: Path) -> None:
     named = re.findall(
-        r"\b(?:data_prep|train|eval|cluster|benchmarks|brainlm|docs)/[\w/.-]+\.(?:py|yaml|md|png)", page.read_text()
+        r"(?<![\w/])(?:tests|data_prep|train|eval|cluster|benchmarks|brainlm|docs)/[\w/.-]+\.(?:py|yaml|md|png|svg)",
+        page.read_text(),
     )
     assert named
     missing = [name for name in named if not (ROOT / name).is_file() and "<" not in name]

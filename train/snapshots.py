@@ -43,7 +43,7 @@ def complete_snapshots(store: Store) -> list[int]:
 class Snapshots:
     """Writes snapshots while training goes on: only gathering the tensors on rank zero holds it up.
 
-    `begin` and `wait` are called by all ranks together. A snapshot that could not be written leaves those before it alone.
+    `begin` and `wait` are called by all ranks together. A snapshot that cannot be written leaves those before it alone.
 
     Parameters
     ----------

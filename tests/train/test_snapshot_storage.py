@@ -62,7 +62,7 @@ def test_a_run_keeps_its_snapshots_on_object_storage_and_goes_on_from_them(
 
 
 def test_a_store_out_of_reach_costs_snapshots_and_no_training(
-    finished: Path, tmp_path: Path, write_config: Config, monkeypatch: pytest.MonkeyPatch
+    finished: Path, tmp_path: Path, write_config: Config
 ) -> None:
     """The folder of snapshots is a file: nothing can be written until the user has mended it."""
     out = tmp_path / "run"
