@@ -15,6 +15,7 @@ FIRST = (
     "tests/data_prep/test_faults.py",
     "tests/brainlm/test_ray_session.py",
     "tests/end_to_end/test_line.py",
+    "tests/train/test_resume.py",
     "tests/train/test_pretrain.py",
     "tests/brainlm/test_model.py",
     "tests/data_prep/test_prepare_workers.py",

@@ -82,8 +82,8 @@ def test_bfloat16_without_partitioning_is_refused_with_the_way_out() -> None:
         check_settings(wrong, 1)
 
 
-def test_a_url_as_output_folder_is_refused_until_it_works() -> None:
-    with pytest.raises(ConfigError, match="local disk only"):
+def test_a_url_as_output_folder_is_refused_with_the_setting_that_takes_it() -> None:
+    with pytest.raises(ConfigError, match="give the URL as run.storage"):
         RunSettings(out="s3://bucket/run")
 
 

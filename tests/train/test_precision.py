@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.train.conftest import Trained, environment, metrics, run
+from tests.train.conftest import environment, run
 
 
 def test_a_bf16_run_exports_weights_that_are_not_rounded(tmp_path: Path, write_config: Callable[[Path], Path]) -> None:
@@ -22,15 +22,6 @@ def test_a_bf16_run_exports_weights_that_are_not_rounded(tmp_path: Path, write_c
     trained = [w for name, w in weights.items() if name.endswith("weight") and w.ndim == 2]
     assert trained
     assert not any(torch.equal(w, w.bfloat16().float()) for w in trained)
-
-
-@pytest.mark.parametrize("stage", [0, 2, 3])
-def test_every_zero_stage_trains_the_same_model(stage: int, finished: Path, trained: Trained) -> None:
-    out = trained(f"engine.zero_stage={stage}")
-    ours, stage_1 = metrics(out), metrics(finished)
-    for name in ("loss", "grad_norm"):  # float32: other summation orders
-        assert [row[name] for row in ours.values()] == pytest.approx([row[name] for row in stage_1.values()], rel=1e-4)
-    assert ours[12]["val_r2"] == pytest.approx(stage_1[12]["val_r2"], abs=1e-4)
 
 
 POISONED = """

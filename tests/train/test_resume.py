@@ -1,4 +1,4 @@
-"""A training run goes on to the same bits, at any number of ranks and any ZeRO stage, past damaged snapshots."""
+"""Ranks and ZeRO stages train the same model, and a run goes on at any of them, to the same bits where they stay."""
 
 from __future__ import annotations
 
@@ -14,6 +14,29 @@ from tests.train.conftest import Trained, metrics, run, stopped_after, weights
 from train.snapshots import read_newest
 
 Config = Callable[[Path], Path]
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_every_zero_stage_trains_the_same_model(stage: int, finished: Path, trained: Trained) -> None:
+    out = trained(f"engine.zero_stage={stage}")
+    ours, stage_1 = metrics(out), metrics(finished)
+    for name in ("loss", "grad_norm"):  # float32: other summation orders
+        assert [row[name] for row in ours.values()] == pytest.approx([row[name] for row in stage_1.values()], rel=1e-4)
+    assert ours[12]["val_r2"] == pytest.approx(stage_1[12]["val_r2"], abs=1e-4)
+
+
+def test_two_ranks_of_the_deepspeed_launcher_train_the_same_model(
+    finished: Path, trained: Trained, write_config: Config
+) -> None:
+    out = trained("data.micro_batch_size=1", ranks=2)
+    one, two = metrics(finished), metrics(out)
+    for step in one:  # float32: other summation orders, amplified by a few updates
+        assert two[step]["loss"] == pytest.approx(one[step]["loss"], rel=1e-4)
+    assert two[12]["val_r2"] == pytest.approx(one[12]["val_r2"], abs=1e-3)
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["deepspeed"]["gradient_accumulation_steps"] == 2
+    refused = run(write_config(out), "data.micro_batch_size=1")
+    assert "this run is done" in refused.stderr
 
 
 @pytest.mark.parametrize(
