@@ -134,7 +134,9 @@ def train_model(train: list[Series], tr_s: float, steps: int, seed: int) -> Brai
     model.init_weights(torch.Generator().manual_seed(seed))
     model.train()
     settings = OptimizerSettings(lr=4e-3, warmup_steps=50)
-    optimizer = torch.optim.AdamW(param_groups(model, settings.weight_decay), lr=settings.lr, betas=settings.betas)
+    optimizer = torch.optim.AdamW(
+        param_groups(model, settings.weight_decay), lr=settings.peak_lr(BATCH), betas=settings.betas
+    )
     scaled = [scale(centre(one, np.ones(len(one), dtype=bool)), contract).T for one in train]
     rng = np.random.default_rng([seed, 1])
     for step in range(steps):

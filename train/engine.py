@@ -82,7 +82,7 @@ class Engine:
         self.config = deepspeed_dict(settings, world.size)
         self._torch_optimizer = optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
-            lr=settings.optimizer.lr,
+            lr=settings.optimizer.peak_lr(settings.data.batch_size),
             betas=settings.optimizer.betas,
             eps=settings.optimizer.eps,
         )
@@ -108,12 +108,17 @@ class Engine:
         self._engine.backward(loss)
 
     def micro_step(self) -> None:
-        """End a micro-batch. After the last one of a step: clip, update, clear gradients."""
+        """End a micro-batch. After the last one of a step: clip, update, clear gradients.
+
+        Where the gradient is not finite, on any rank, nothing is updated on all of them.
+        """
         if self._own_norm and self._engine.is_gradient_accumulation_boundary():
             grads = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
             self._norm = float(torch.nn.utils.get_total_norm(grads))  # already averaged over ranks
             if not math.isfinite(self._norm):
-                return  # the caller reads the norm and stops; the weights stay as they are
+                self._engine.module.zero_grad(set_to_none=True)
+                self._engine.micro_steps += 1  # the step is over, without an update
+                return
         self._engine.step()
 
     def set_learning_rate(self, lr: float) -> None:

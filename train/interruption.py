@@ -9,6 +9,7 @@ from types import FrameType
 
 logger = logging.getLogger(__name__)
 
+STARTED_S = time.monotonic()  # imports of this program take seconds, not hours
 SAME_REQUEST_S = 2.0  # a second SIGINT sooner than this is the first one, heard twice
 
 
@@ -24,6 +25,16 @@ class Interruption:
         self.requested = False
         self._first_sigint_s: float | None = None
 
+    def request(self, why: str) -> None:
+        """Ask for a snapshot and the end, once."""
+        if not self.requested:
+            logger.warning("%s: saving a snapshot after this step, then leaving", why)
+        self.requested = True
+
+    def hours_since_start(self) -> float:
+        """Return how long this process has been running, its start included."""
+        return (time.monotonic() - STARTED_S) / 3600
+
     def install(self) -> Interruption:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -35,6 +46,4 @@ class Interruption:
             if self._first_sigint_s is not None and now - self._first_sigint_s > SAME_REQUEST_S:
                 raise SystemExit(128 + number)
             self._first_sigint_s = now if self._first_sigint_s is None else self._first_sigint_s
-        if not self.requested:
-            logger.warning("%s: saving a snapshot after this step, then leaving", signal.Signals(number).name)
-        self.requested = True
+        self.request(signal.Signals(number).name)

@@ -20,6 +20,7 @@ from train.snapshots import Snapshots
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
+MAX_LISTED = 8
 
 
 def train(
@@ -29,11 +30,15 @@ def train(
     state: TrainState,
     settings: PretrainSettings,
     snapshots: Snapshots,
+    num_steps: int,
     world: World,
     reporter: Reporter | None,
     interruption: Interruption,
 ) -> bool:
-    """Train from ``state.step`` to ``settings.run.steps``. All ranks take part.
+    """Train from ``state.step`` to `num_steps`. All ranks take part.
+
+    A step whose loss or gradient is not finite, on any rank, changes no weight and is counted; its data are not seen
+    again.
 
     Returns
     -------
@@ -43,9 +48,9 @@ def train(
     Raises
     ------
     TrainingError
-        On all ranks, before the optimizer moves, when a loss is not finite on any of them.
+        On all ranks, when more than ``run.max_skipped`` steps were not finite, or the last snapshot cannot be written.
     """
-    run, num_steps = settings.run, settings.run.steps
+    run = settings.run
     model_config = engine.model.config
     flops = {
         ratio: 3 * flops_per_window(model_config, engine.model.num_parcels, ratio, settings.masks.num_decoded)
@@ -60,38 +65,45 @@ def train(
         step_started = time.perf_counter()
         (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
         num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
-        lr = learning_rate_at(state.step, num_steps, settings.optimizer)
+        lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
         engine.set_learning_rate(lr)
         sums = [0.0, 0.0]
         for number, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(engine.device)
             kept = None if bool(cpu_batch.kept.all()) else batch.kept
             loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded, kept)
-            # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
-            engine.backward(loss.sum * (world.size * len(batches) / num_values))
             sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
-            if number + 1 < len(batches):
-                engine.micro_step()
-        squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
-        if not math.isfinite(squared):
-            raise TrainingError(
-                f"the loss of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
-                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:8]}"
+            # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
+            scale = world.size * len(batches) / num_values
+            if number + 1 == len(batches):
+                squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
+                if not math.isfinite(squared):
+                    scale = math.nan  # so that the gradient is not finite either, and nothing is updated
+            engine.backward(loss.sum * scale)
+            engine.micro_step()
+        gradient_norm = engine.gradient_norm()  # the same on all ranks
+        if math.isfinite(gradient_norm):
+            since.add(squared / num_values, target / num_values)
+        else:
+            state.num_skipped += 1
+            what = "gradient" if math.isfinite(squared) else "loss"
+            problem = (
+                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
+                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:MAX_LISTED]}"
             )
-        engine.micro_step()
-        if not math.isfinite(gradient_norm := engine.gradient_norm()):  # the same on all ranks
-            raise TrainingError(
-                f"the gradient of step {state.step + 1} is not finite although its loss is. Nothing was saved since; "
-                "the same command goes on from the newest snapshot"
-            )
+            if state.num_skipped > run.max_skipped:
+                raise TrainingError(
+                    f"{problem}. More than run.max_skipped={run.max_skipped} steps were like this. The same command "
+                    "goes on from the newest snapshot"
+                )
+            logger.warning("%s. Step %d of at most %d that are left out", problem, state.num_skipped, run.max_skipped)
         state.step += 1
         state.windows_seen += settings.data.batch_size
         state.seconds_trained += time.perf_counter() - step_started
-        since.add(squared / num_values, target / num_values)
 
         metrics: dict[str, float] = {}
         last = state.step == num_steps
-        if state.step % run.log_every == 0 or last:  # all ranks compute, rank zero writes
+        if (state.step % run.log_every == 0 or last) and since.num_steps:  # all ranks compute, rank zero writes
             rate = since.num_steps * settings.data.batch_size / since.elapsed_s
             metrics = {
                 "loss": since.mean_loss,
@@ -103,6 +115,7 @@ def train(
                 "tflops_per_s": rate * mean_flops / 1e12,
                 "data_wait": loader.data_wait_s / since.elapsed_s,
                 "seconds_trained": state.seconds_trained,
+                "num_skipped": state.num_skipped,
             }
             if peak is not None:
                 metrics["mfu"] = rate * mean_flops / (peak * world.size)
@@ -117,6 +130,8 @@ def train(
             since.paused_s += time.perf_counter() - started
         if reporter is not None and metrics:  # rank zero
             reporter.log(state.step, metrics)
+        if run.max_hours is not None and interruption.hours_since_start() >= run.max_hours:
+            interruption.request(f"run.max_hours={run.max_hours:g} is over")
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
         if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
             started = time.perf_counter()

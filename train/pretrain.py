@@ -37,7 +37,7 @@ from train.interruption import Interruption
 from train.loop import train
 from train.precision import resolve_precision
 from train.reporting import Reporter
-from train.settings import PretrainSettings, check_settings, micro_batches
+from train.settings import PretrainSettings, check_settings, micro_batches, num_steps
 from train.snapshots import Snapshots, resume_newest
 from train.state import TrainState
 
@@ -46,7 +46,7 @@ DONE = "done.json"
 DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
 # Settings that a run may go on with changed: they touch the weights by rounding at most.
 MAY_CHANGE = {
-    "run.out", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
+    "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
 }  # fmt: skip
 
@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 def plan(settings: PretrainSettings, world: World) -> str:
     """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
     config = settings.model.resolved
+    dataset: Dataset | None = None
     try:
         dataset = open_dataset(settings.data.dataset)
     except (DataError, StoreError) as error:
@@ -97,11 +98,20 @@ def plan(settings: PretrainSettings, world: World) -> str:
         f"tokens per window     {tokens:,} ({grid})",
         f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
-        f"windows in the run    {settings.run.steps * batch:,}",
+        f"windows in the run    {_windows_in_run(settings, dataset)}",
         f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
         f"data set              {data}",
     ]
     return "\n".join(lines)
+
+
+def _windows_in_run(settings: PretrainSettings, dataset: Dataset | None) -> str:
+    data = settings.data
+    if dataset is None and settings.run.epochs is not None:
+        return f"{settings.run.epochs:g} epochs"
+    per_epoch = 0 if dataset is None else len(dataset.split("train")) * data.windows_per_recording // data.batch_size
+    steps = num_steps(settings, per_epoch)
+    return f"{steps * data.batch_size:,} in {steps:,} steps"
 
 
 def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
@@ -157,13 +167,18 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         micro_batches=micro_batches(settings, world.size),
         patch_parcels=model.config.patch_parcels,
     )
+    steps = num_steps(settings, loader.steps_per_epoch)
     held_out = HeldOut(validation, contract, settings.validation, model.config.patch_parcels)
     logger.info(
         "%s parameters; %d recordings to train on, %d windows to validate on; %d steps of %d windows on %d rank(s)",
-        f"{model.num_parameters:,}", len(reader), len(held_out.windows), settings.run.steps,
+        f"{model.num_parameters:,}", len(reader), len(held_out.windows), steps,
         settings.data.batch_size, world.size,
     )  # fmt: skip
-    manifest = describe(settings, dataset, model, world)
+    manifest = describe(settings, dataset, model, world) | {
+        "num_steps": steps,
+        "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
+        "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
+    }
     if (folder / "manifest.json").is_file():  # every rank looks, so that every rank stops
         check_same_run(settings, dataset, folder)
     if world.is_rank_zero:
@@ -180,15 +195,15 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     state = state or TrainState()
     snapshots = Snapshots(engine, store, settings.run.keep_snapshots)
     interruption = Interruption().install()
-    reporter = Reporter(folder, settings.run.steps, state.step) if world.is_rank_zero else None
+    reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
-        finished = train(engine, loader, held_out, state, settings, snapshots, world, reporter, interruption)
+        finished = train(engine, loader, held_out, state, settings, snapshots, steps, world, reporter, interruption)
     finally:
         snapshots.close()
         if reporter is not None:
             reporter.__exit__(None, None, None)
     if not finished:
-        logger.warning("stopped after step %d of %d; give the same command to go on", state.step, settings.run.steps)
+        logger.warning("stopped after step %d of %d; give the same command to go on", state.step, steps)
         engine.close()
         return 0
 

@@ -64,22 +64,58 @@ class DataSettings(Section):
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSettings(Section):
-    """AdamW (torch's), with a linear warm-up and a cosine to `final_lr_ratio` of the peak."""
+    """AdamW (torch's; Adam if `weight_decay` is 0), and the learning rate of every step (`train.schedule`)."""
 
-    lr: float = 1e-3
+    lr: float | None = None
+    """At the peak; null = from `base_lr`, or 1e-3."""
+    base_lr: float | None = None
+    """For 256 windows a step: the peak is base_lr * data.batch_size / 256 (He et al. 2022, App. A.1)."""
+    schedule: Literal["cosine", "constant", "wsd"] = "cosine"
+    """After a linear warm-up: a cosine to the last step; the peak throughout; or the peak and a linear decay at the end
+    (warmup-stable-decay)."""
+    decay_steps: int | None = None
+    """Steps of the decay of ``wsd``; null = a tenth of all."""
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
     weight_decay: float = 0.05
     """On matrices only; not on biases, norms, embeddings and tokens."""
     clip_grad_norm: float = 1.0
-    warmup_steps: int = 100
+    warmup_steps: int | None = None
+    """null = from `warmup_ratio`, or 100."""
+    warmup_ratio: float | None = None
+    """Warm-up as a fraction of all steps."""
     final_lr_ratio: float = 0.0
+    """Learning rate at the last step, as a fraction of the peak."""
 
     def __post_init__(self) -> None:
-        if not self.lr > 0 or self.warmup_steps < 0 or not 0 <= self.final_lr_ratio <= 1 or self.clip_grad_norm <= 0:
+        if self.lr is not None and self.base_lr is not None:
+            raise ConfigError("optimizer: give lr or base_lr, not both")
+        for name in ("lr", "base_lr", "clip_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"optimizer.{name}: expected above 0, found {value}")
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ConfigError("optimizer: give warmup_steps or warmup_ratio, not both")
+        if (self.warmup_steps or 0) < 0 or not 0 <= self.final_lr_ratio <= 1 or not 0 <= (self.warmup_ratio or 0) < 1:
             raise ConfigError(
-                "optimizer: lr and clip_grad_norm must be above 0, warmup_steps at least 0, final_lr_ratio in [0, 1]"
+                "optimizer: warmup_steps must be at least 0, warmup_ratio in [0, 1), final_lr_ratio in [0, 1]"
             )
+        if self.decay_steps is not None and (self.schedule != "wsd" or self.decay_steps < 1):
+            raise ConfigError("optimizer.decay_steps: at least 1, and for optimizer.schedule=wsd alone")
+
+    def num_warmup_steps(self, num_steps: int) -> int:
+        if self.warmup_ratio is not None:
+            return round(self.warmup_ratio * num_steps)
+        return 100 if self.warmup_steps is None else self.warmup_steps
+
+    def num_decay_steps(self, num_steps: int) -> int:
+        """Steps of the decay of ``wsd``."""
+        return self.decay_steps or -(-num_steps // 10)
+
+    def peak_lr(self, batch_size: int) -> float:
+        if self.base_lr is not None:
+            return self.base_lr * batch_size / 256
+        return 1e-3 if self.lr is None else self.lr
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +149,14 @@ class RunSettings(Section):
     """Folder of this training run, on local disk: settings, metrics, TensorBoard."""
     storage: str | None = None
     """URL of a folder for snapshots and checkpoints (s3://...); null = `out`."""
-    steps: int = 1000
+    steps: int | None = None
+    """Updates; null = from `epochs`, or 1000."""
+    epochs: float | None = None
+    """Passes over all recordings, each with data.windows_per_recording windows."""
+    max_hours: float | None = None
+    """After this long the run saves a snapshot and leaves with exit status 0; the same command goes on."""
+    max_skipped: int = 3
+    """Steps left out, in the whole run, because their loss or gradient was not finite; one more stops it."""
     seed: int = 0
     log_every: int = 20
     snapshot_every: int = 500
@@ -121,9 +164,18 @@ class RunSettings(Section):
     """Older ones are removed once a newer one is complete."""
 
     def __post_init__(self) -> None:
+        if self.steps is not None and self.epochs is not None:
+            raise ConfigError("run: give steps or epochs, not both")
         for name in ("steps", "log_every", "snapshot_every", "keep_snapshots"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"run.{name}: expected at least 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"run.{name}: expected at least 1, found {value}")
+        for name in ("epochs", "max_hours"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"run.{name}: expected above 0, found {value}")
+        if self.max_skipped < 0:
+            raise ConfigError(f"run.max_skipped: expected at least 0, found {self.max_skipped}")
         if "://" in self.out:
             raise ConfigError(
                 f"run.out={self.out}: metrics are written to local disk; give the URL as run.storage, where snapshots "
@@ -142,6 +194,27 @@ class PretrainSettings(Section):
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
+
+
+def num_steps(settings: PretrainSettings, steps_per_epoch: int) -> int:
+    """Return how many updates the run has.
+
+    Raises
+    ------
+    ConfigError
+        If the learning rate would not have reached its peak, or begin its decay before.
+    """
+    run, optimizer = settings.run, settings.optimizer
+    steps = run.steps or 1000
+    if run.epochs is not None:
+        steps = max(round(run.epochs * steps_per_epoch), 1)
+    said = f"run.steps={steps}" + (f" (of run.epochs={run.epochs:g})" if run.epochs is not None else "")
+    warmup, decay = optimizer.num_warmup_steps(steps), optimizer.num_decay_steps(steps)
+    if warmup >= steps:
+        raise ConfigError(f"optimizer.warmup_steps={warmup} must be below {said}")
+    if optimizer.schedule == "wsd" and warmup + decay > steps:
+        raise ConfigError(f"optimizer.warmup_steps={warmup} and decay_steps={decay} are more than {said}")
+    return steps
 
 
 def micro_batches(settings: PretrainSettings, world_size: int) -> int:
@@ -172,10 +245,6 @@ def check_settings(settings: PretrainSettings, world_size: int) -> None:
         raise ConfigError(
             "engine.precision=bf16 needs engine.zero_stage of 1 or more: at stage 0 DeepSpeed's first update is not "
             "the one that was asked for. Stage 1 costs nothing more on one rank"
-        )
-    if settings.optimizer.warmup_steps >= settings.run.steps:
-        raise ConfigError(
-            f"optimizer.warmup_steps={settings.optimizer.warmup_steps} must be below run.steps={settings.run.steps}"
         )
     if not 0 < settings.validation.mask_ratio < 1 or settings.validation.every < 1:
         raise ConfigError("validation: mask_ratio must be between 0 and 1 and every at least 1")

@@ -23,13 +23,14 @@ class TrainState:
     """Of the newest validation; the last step always validates."""
     best_val_r2: float | None = None
     seconds_trained: float = 0.0
+    num_skipped: int = 0
+    """Steps left out because their loss or gradient was not finite."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def from_dict(cls, tree: dict[str, Any], where: str) -> TrainState:
-        tree = {"val_r2": None, **tree}  # snapshots of earlier versions did not keep it
         names = set(cls.__dataclass_fields__)
         if not names <= set(tree):
             raise CheckpointError(f"{where}: the snapshot lacks {', '.join(sorted(names - set(tree)))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -29,6 +29,7 @@ from train.settings import (
     RunSettings,
     ValidationSettings,
     check_settings,
+    num_steps,
 )
 
 
@@ -43,6 +44,58 @@ def test_the_learning_rate_warms_up_and_ends_at_its_floor() -> None:
     assert max(rates) == rates[9] == rates[10] == 1.0
     assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
     assert learning_rate_at(100, 100, optimizer) == pytest.approx(0.1)
+
+
+def test_the_learning_rate_stays_and_decays_at_the_end() -> None:
+    optimizer = OptimizerSettings(lr=2.0, warmup_steps=4, schedule="wsd", decay_steps=10, final_lr_ratio=0.5)
+    rates = [learning_rate_at(step, 50, optimizer) for step in range(51)]
+    assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
+    assert set(rates[4:41]) == {2.0}
+    assert rates[40:] == pytest.approx([2.0 - 0.1 * i for i in range(11)])
+    tenth = dataclasses.replace(optimizer, decay_steps=None)
+    assert [learning_rate_at(step, 50, tenth) for step in (45, 50)] == [2.0, 1.0]
+    constant = OptimizerSettings(lr=2.0, warmup_steps=4, schedule="constant")
+    assert {learning_rate_at(step, 50, constant) for step in range(4, 50)} == {2.0}
+
+
+def test_the_peak_follows_the_batch_and_the_warm_up_the_steps() -> None:
+    optimizer = OptimizerSettings(base_lr=1e-3, warmup_ratio=0.05)
+    assert optimizer.peak_lr(512) == pytest.approx(2e-3)
+    assert optimizer.num_warmup_steps(1000) == 50
+    assert learning_rate_at(49, 1000, optimizer, 512) == pytest.approx(2e-3)
+    assert (OptimizerSettings().peak_lr(512), OptimizerSettings().num_warmup_steps(5000)) == (1e-3, 100)
+
+
+def test_a_run_is_as_long_as_its_steps_or_epochs() -> None:
+    def steps(optimizer: OptimizerSettings, **run: Any) -> int:
+        chosen = dataclasses.replace(settings(), run=RunSettings(out="unused", **run), optimizer=optimizer)
+        return num_steps(chosen, steps_per_epoch=30)
+
+    short = OptimizerSettings(warmup_steps=1)
+    assert steps(short, steps=7) == 7
+    assert steps(short, epochs=2.5) == 75
+    assert steps(short) == 1000
+    with pytest.raises(ConfigError, match=r"warmup_steps=100 must be below run\.steps=30 \(of run\.epochs=1\)"):
+        steps(OptimizerSettings(), epochs=1)
+    with pytest.raises(ConfigError, match="warmup_steps=5 and decay_steps=6 are more than"):
+        steps(OptimizerSettings(warmup_steps=5, schedule="wsd", decay_steps=6), steps=10)
+
+
+@pytest.mark.parametrize(
+    ("section", "wrong"),
+    [
+        (RunSettings, {"out": "x", "steps": 1, "epochs": 1.0}),
+        (RunSettings, {"out": "x", "max_hours": 0.0}),
+        (RunSettings, {"out": "x", "max_skipped": -1}),
+        (OptimizerSettings, {"lr": 1e-3, "base_lr": 1e-3}),
+        (OptimizerSettings, {"warmup_steps": 1, "warmup_ratio": 0.1}),
+        (OptimizerSettings, {"decay_steps": 5}),
+        (OptimizerSettings, {"base_lr": 0.0}),
+    ],
+)
+def test_settings_that_contradict_are_refused(section: Any, wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        section(**wrong)
 
 
 def test_only_matrices_of_linear_layers_decay(dataset_url: str) -> None:
@@ -83,7 +136,7 @@ def test_bfloat16_without_partitioning_is_refused_with_the_way_out() -> None:
 
 
 def test_a_url_as_output_folder_is_refused_with_the_setting_that_takes_it() -> None:
-    with pytest.raises(ConfigError, match="give the URL as run.storage"):
+    with pytest.raises(ConfigError, match=r"give the URL as run\.storage"):
         RunSettings(out="s3://bucket/run")
 
 

@@ -116,9 +116,22 @@ def test_sigterm_saves_a_snapshot_and_the_run_can_go_on(finished: Path, tmp_path
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tmp_path: Path, write_config: Config) -> None:
     result = run(write_config(tmp_path / "diverged"), "optimizer.lr=1e30", "optimizer.warmup_steps=0")
     assert result.returncode == 1
-    assert "is not finite" in result.stderr
+    assert "the loss of step 5 is not finite: the weights were not changed by it. Its windows" in result.stderr
     assert "recording number" in result.stderr
+    assert "More than run.max_skipped=3 steps were like this" in result.stderr
     assert not (tmp_path / "diverged" / "done.json").exists()
+
+
+def test_a_time_limit_saves_and_ends_in_order(finished: Path, tmp_path: Path, write_config: Config) -> None:
+    out = tmp_path / "limited"
+    config = write_config(out)
+    for step in (1, 2):  # the limit is over before the first step is
+        result = run(config, "run.max_hours=1e-6")
+        assert result.returncode == 0, result.stderr
+        assert "run.max_hours=1e-06 is over: saving a snapshot after this step, then leaving" in result.stderr
+        assert f"stopped after step {step} of 12" in result.stderr
+    assert run(config).returncode == 0
+    assert all(torch.equal(value, weights(finished)[name]) for name, value in weights(out).items())
 
 
 def test_a_folder_in_which_another_process_trains_is_refused(tmp_path: Path, write_config: Config) -> None:
