@@ -46,6 +46,7 @@ def save_checkpoint(
     manifest: dict[str, Any],
     train_subjects: Iterable[str],
     weights: dict[str, torch.Tensor] | None = None,
+    earlier: TrainSubjects | None = None,
 ) -> str:
     """Write a portable checkpoint and return the sha256 of its weights.
 
@@ -59,10 +60,13 @@ def save_checkpoint(
         Subjects in the training split; only keyed hashes of them are written.
     weights : mapping, optional
         Float32 weights gathered from a training engine; None takes the module's own.
+    earlier : TrainSubjects, optional
+        Who the weights that training began with had been trained on.
     """
     data, num_parameters = _serialize(model.state_dict() if weights is None else weights)
     sha256 = hashlib.sha256(data).hexdigest()
-    _write(folder, model, data, sha256, num_parameters, manifest, TrainSubjects.of(sha256, train_subjects))
+    subjects = TrainSubjects.of(sha256, train_subjects) if earlier is None else earlier.with_more(train_subjects)
+    _write(folder, model, data, sha256, num_parameters, manifest, subjects)
     return sha256
 
 

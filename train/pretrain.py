@@ -32,6 +32,7 @@ from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World, read_world
 from train.engine import Engine, deepspeed_dict
+from train.first_weights import first_weights, load_source
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.loop import train
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def plan(settings: PretrainSettings, world: World) -> str:
     """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
-    config = settings.model.resolved
+    config = settings.model.resolved if settings.init_from is None else load_source(settings).config
     dataset: Dataset | None = None
     try:
         dataset = open_dataset(settings.data.dataset)
@@ -130,14 +131,6 @@ def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
     )  # fmt: skip
 
 
-def new_model(settings: PretrainSettings, dataset: Dataset) -> BrainLM:
-    """Build the model, the same on every rank."""
-    config = settings.model.resolved
-    contract = dataset.contract.with_windows(config.window_len, config.patch_len)
-    torch.manual_seed(settings.run.seed)
-    return BrainLM(config, contract)
-
-
 def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     """Train, or go on training, and export the checkpoint. All ranks take part."""
     folder = Path(settings.run.out)
@@ -149,8 +142,8 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(settings.engine.threads or max(1, cores // world.size))
 
-    model = new_model(settings, dataset)
-    contract = model.contract
+    first = first_weights(settings, dataset)
+    model, contract = first.model, first.model.contract
     reader, validation = dataset.split("train"), dataset.split("val")
     for split, part in (("train", reader), ("val", validation)):
         if len(part) == 0:
@@ -175,6 +168,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
         settings.data.batch_size, world.size,
     )  # fmt: skip
     manifest = describe(settings, dataset, model, world) | {
+        **first.facts,
         "num_steps": steps,
         "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
         "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
@@ -217,7 +211,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
             "val_r2": state.val_r2,
             "best_val_r2": state.best_val_r2,
         }
-        sha256 = save_checkpoint(checkpoint, model, manifest, subjects, weights)
+        sha256 = save_checkpoint(checkpoint, model, manifest, subjects, weights, first.earlier)
         done_text = json.dumps({"checkpoint": checkpoint, "weights_sha256": sha256, "step": state.step})
         (folder / f"{DONE}.tmp").write_text(done_text)
         os.replace(folder / f"{DONE}.tmp", folder / DONE)

@@ -189,6 +189,8 @@ class PretrainSettings(Section):
 
     run: RunSettings
     data: DataSettings
+    init_from: str | None = None
+    """Checkpoint (path, URL or hub id) whose weights and sizes training begins with; the optimizer is new."""
     model: ModelChoice = field(default_factory=ModelChoice)
     masks: MaskSettings = field(default_factory=MaskSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)

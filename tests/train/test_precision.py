@@ -28,20 +28,20 @@ POISONED = """
 import sys
 from train import pretrain
 
-new_model = pretrain.new_model
+first_weights = pretrain.first_weights
 
 def poisoned(settings, dataset):
-    model = new_model(settings, dataset)
+    first = first_weights(settings, dataset)
     calls = []
 
     def hook(gradient):
         calls.append(1)
         return gradient * float("nan") if len(calls) == 6 else gradient
 
-    model.decoder_pred.weight.register_hook(hook)
-    return model
+    first.model.decoder_pred.weight.register_hook(hook)
+    return first
 
-pretrain.new_model = poisoned
+pretrain.first_weights = poisoned
 sys.exit(pretrain.main(sys.argv[1:]))
 """
 

@@ -1,0 +1,75 @@
+"""The weights that a training run begins with: fresh ones, or those of a checkpoint (`init_from`)."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from brainlm.dataset import Dataset
+from brainlm.errors import CheckpointError, ConfigError
+from brainlm.model import BrainLM
+from brainlm.train_subjects import TrainSubjects
+from brainlm.windows import TR_TOLERANCE_S
+from train.settings import ModelChoice, PretrainSettings
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class FirstWeights:
+    """A model with the data set's contract, and where its weights come from."""
+
+    model: BrainLM
+    facts: dict[str, Any] = field(default_factory=dict)
+    """For the manifest; empty for fresh weights."""
+    earlier: TrainSubjects | None = None
+    """Who the weights were trained on before."""
+
+
+def first_weights(settings: PretrainSettings, dataset: Dataset) -> FirstWeights:
+    """Build the model, the same on every rank.
+
+    Raises
+    ------
+    CheckpointError
+        If the weights are tied to another atlas by a learned code per parcel, or it is not known who they were trained
+        on.
+    """
+    if settings.init_from is None:
+        config = settings.model.resolved
+        torch.manual_seed(settings.run.seed)
+        return FirstWeights(BrainLM(config, dataset.contract.with_windows(config.window_len, config.patch_len)))
+    source = load_source(settings)
+    config = source.config
+    contract = dataset.contract.with_windows(config.window_len, config.patch_len)
+    if config.parcel_embedding:
+        theirs = f"data set {dataset.name}, which holds other parcels than the learned codes of its weights,"
+        source.contract.check_fits(contract, ours=settings.init_from, theirs=theirs)
+    if source.train_subjects is None:
+        raise CheckpointError(
+            f"{settings.init_from} does not say whom it was trained on (no train_subjects.json): what is trained "
+            "from it could not either, and scores on its own subjects would go unnoticed"
+        )
+    if other := source.contract.atlas.differences(contract.atlas):
+        differs = [f"other parcels ({'; '.join(other)})"]
+        if abs(source.contract.tr_s - contract.tr_s) > TR_TOLERANCE_S:
+            differs.append(f"TR {source.contract.tr_s:g} s against {contract.tr_s:g} s")
+    else:
+        differs = source.contract.adaptable_differences(contract)
+    for line in differs:
+        logger.warning("the data set differs from what %s was trained on: %s", settings.init_from, line)
+    model = BrainLM(config, contract)
+    model.load_state_dict(source.state_dict())
+    facts = {"init_from": {"checkpoint": settings.init_from, "weights_sha256": source.weights_sha256}}
+    return FirstWeights(model, facts, source.train_subjects)
+
+
+def load_source(settings: PretrainSettings) -> BrainLM:
+    """Load the checkpoint of `init_from`; its sizes are those of the run."""
+    assert settings.init_from is not None
+    if settings.model != ModelChoice():
+        raise ConfigError("the sizes are those of init_from: leave the section model out")
+    return BrainLM.from_pretrained(settings.init_from)
