@@ -23,6 +23,7 @@ from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
 from train.settings import PretrainSettings, micro_batches
+from train.watchdog import Watchdog
 from train.whole_state import WholeState, gather, gather_weights, restore
 
 T = TypeVar("T")
@@ -70,7 +71,9 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         if on_gpu:
             torch.cuda.set_device(world.local_rank)
-        timeout = datetime.timedelta(seconds=settings.engine.timeout_s)
+        timeout = datetime.timedelta(
+            seconds=2 * settings.engine.timeout_s
+        )  # the watchdog comes first: it says for whom
         with contextlib.redirect_stdout(io.StringIO()):  # every rank prints which operator it built
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
@@ -88,6 +91,9 @@ class Engine:
         )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=model, optimizer=optimizer, config=self.config)
         self.device = torch.device(self._engine.device)
+        self._watchdog: Watchdog | None = None
+        if world.size > 1:
+            self._watchdog = Watchdog(world, settings.engine.timeout_s, self.from_rank_zero)
 
     @property
     def model(self) -> BrainLM:
@@ -99,9 +105,15 @@ class Engine:
     def forward(
         self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None, kept: Tensor | None
     ) -> Loss:
+        self._beat()
         loss = self._engine(windows, mask, present, ids_decoded, kept)
         assert isinstance(loss, Loss)
         return loss
+
+    def _beat(self) -> None:
+        """Tell the watchdog that this process has come on."""
+        if self._watchdog is not None:
+            self._watchdog.beat()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate gradients of one micro-batch; DeepSpeed averages over micro-batches and ranks."""
@@ -137,11 +149,14 @@ class Engine:
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         if self.world.size > 1:
             torch.distributed.all_reduce(tensor)
-        return [float(v) for v in tensor.tolist()]
+        sums = [float(v) for v in tensor.tolist()]
+        self._beat()
+        return sums
 
     def barrier(self) -> None:
         if self.world.size > 1:
             torch.distributed.barrier()
+        self._beat()
 
     def whole_weights(self) -> dict[str, Tensor]:
         """Gather float32 weights (the optimizer's own, not the rounded ones) on rank zero. All ranks take part."""
@@ -150,6 +165,7 @@ class Engine:
     @contextlib.contextmanager
     def whole_tokens(self) -> Iterator[None]:
         """Make CLS and mask token whole on every rank while the model is read outside its forward pass (ZeRO 3)."""
+        self._beat()
         if self.config["zero_optimization"]["stage"] < 3:
             yield
             return
@@ -171,10 +187,13 @@ class Engine:
         said = [value]
         if self.world.size > 1:
             torch.distributed.broadcast_object_list(said, src=0)
+        self._beat()
         return said[0]
 
     def close(self) -> None:
         """Leave the process group; what is left of gloo must not decide the exit status."""
+        if self._watchdog is not None:
+            self._watchdog.close()
         self._engine.destroy()
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

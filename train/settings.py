@@ -127,8 +127,9 @@ class EngineSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     threads: int | None = None
     """CPU threads per rank; null = cores / ranks."""
-    timeout_s: float = 300.0
-    """A collective that waits longer than this ends the rank."""
+    timeout_s: float = 600.0
+    """A rank that waits longer than this for another says for which, and ends with exit status 75. Reading from object
+    storage is tried again for $BRAINLM_STORE_RETRY_S (300 s): leave more."""
 
 
 @dataclass(frozen=True, kw_only=True)

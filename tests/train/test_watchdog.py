@@ -1,0 +1,78 @@
+"""A peer that hangs ends the training run within a bounded time, and is named."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.train.conftest import command, environment, metrics, run
+
+TIMEOUT_S = 5.0
+ENDS_WITHIN_S = 60.0  # the launcher looks at its ranks every few seconds
+
+
+def process_of_rank(rank: int, config: Path) -> int:
+    """Return the process id of a rank of the training run with this config."""
+    for folder in Path("/proc").iterdir():
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(config).encode() in arguments and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"there is no rank {rank}")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("hanging", "said"),
+    [
+        (1, r"rank 0 has not come on for \d+ s: rank 1 on .* \(process {pid}\) is silent"),
+        (0, r"rank 1 has not come on for \d+ s: rank 0 does not answer"),
+    ],
+)
+def test_a_rank_that_hangs_is_named_and_the_run_ends(
+    hanging: int, said: str, tmp_path: Path, write_config: Callable[[Path], Path]
+) -> None:
+    out = tmp_path / "run"
+    config = write_config(out)
+    options = ("run.steps=100000", "run.snapshot_every=5", f"engine.timeout_s={TIMEOUT_S}")
+    process = subprocess.Popen(
+        command(config, *options, ranks=2), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if "step 7/" in line:
+                break
+        ranks = [process_of_rank(rank, config) for rank in (0, 1)]
+        os.kill(ranks[hanging], signal.SIGSTOP)
+        begin = time.monotonic()
+        rest, _ = process.communicate(timeout=ENDS_WITHIN_S)  # until the launcher and all ranks have ended
+        assert time.monotonic() - begin < ENDS_WITHIN_S
+        assert process.returncode != 0
+        assert not any(is_running(pid) for pid in ranks)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert re.search(said.format(pid=ranks[hanging]), rest), rest
+    again = run(config, *options[:1], "run.steps=12", ranks=None)
+    assert again.returncode == 1  # other steps are another run
+    assert (out / "snapshots" / "step-5" / "complete.json").is_file()
+    assert len(metrics(out)) >= 7
