@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from brainlm.store import Store
-from tests.train.conftest import Trained, metrics, run, stopped_after, weights
+from tests.train.conftest import Trained, command, environment, metrics, run, stopped_after, weights
 from train.snapshots import read_newest
 
 Config = Callable[[Path], Path]
@@ -73,6 +75,17 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
     ours, theirs = weights(out), weights(finished)
     for name in theirs:
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
+
+
+def test_torchrun_trains_the_same_model(finished: Path, tmp_path: Path, write_config: Config) -> None:
+    out = tmp_path / "torchrun"
+    launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
+    arguments = command(write_config(out))[1:]  # without the interpreter
+    result = subprocess.run([*launcher, *arguments], env=environment(), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((out / "manifest.json").read_text())["world_size"] == 2
+    for step, row in metrics(finished).items():
+        assert metrics(out)[step]["loss"] == pytest.approx(row["loss"], rel=1e-4)
 
 
 def test_two_ranks_go_on_as_one(trained: Trained, finished: Path, tmp_path: Path, write_config: Config) -> None:
