@@ -27,6 +27,7 @@ from train.watchdog import Watchdog
 from train.whole_state import WholeState, gather, gather_weights, restore
 
 T = TypeVar("T")
+WATCHDOG_NEEDS_S = 120.0
 
 
 def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
@@ -71,9 +72,8 @@ class Engine:
         warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
         if on_gpu:
             torch.cuda.set_device(world.local_rank)
-        timeout = datetime.timedelta(
-            seconds=2 * settings.engine.timeout_s
-        )  # the watchdog comes first: it says for whom
+        # The watchdog comes first, and has time to find out for whom this rank waits.
+        timeout = datetime.timedelta(seconds=2 * settings.engine.timeout_s + WATCHDOG_NEEDS_S)
         with contextlib.redirect_stdout(io.StringIO()):  # every rank prints which operator it built
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
