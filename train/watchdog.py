@@ -73,7 +73,7 @@ class Watchdog:
         while not self._stopped.wait(self._pause_s):
             try:
                 self._store.set(f"rank-{self._world.rank}", json.dumps(self._status()))
-            except Exception as error:  # rank zero is gone: the time that is over decides
+            except RuntimeError as error:  # rank zero is gone: the time that is over decides
                 logger.debug("%s", error)
 
     def _watch(self) -> None:
@@ -102,7 +102,7 @@ class Watchdog:
             before = {rank: json.loads(self._store.get(f"rank-{rank}")) for rank in others}
             time.sleep(2 * self._pause_s)
             after = {rank: json.loads(self._store.get(f"rank-{rank}")) for rank in others}
-        except Exception:
+        except RuntimeError:  # of torch's store: a timeout, or a connection that is gone
             return "rank 0 does not answer, or a rank has never told of itself"
         names = {rank: f"rank {rank} on {told['host']} (process {told['pid']})" for rank, told in before.items()}
         silent = [f"{names[rank]} is silent" for rank in others if before[rank]["told_s"] == after[rank]["told_s"]]
