@@ -89,13 +89,13 @@ class OptimizerSettings(Section):
 
     def __post_init__(self) -> None:
         if self.lr is not None and self.base_lr is not None:
-            raise ConfigError("optimizer: give lr or base_lr, not both")
+            raise ConfigError("give optimizer.lr or optimizer.base_lr, not both")
         for name in ("lr", "base_lr", "clip_grad_norm"):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"optimizer.{name}: expected above 0, found {value}")
         if self.warmup_steps is not None and self.warmup_ratio is not None:
-            raise ConfigError("optimizer: give warmup_steps or warmup_ratio, not both")
+            raise ConfigError("give optimizer.warmup_steps or optimizer.warmup_ratio, not both")
         if (self.warmup_steps or 0) < 0 or not 0 <= self.final_lr_ratio <= 1 or not 0 <= (self.warmup_ratio or 0) < 1:
             raise ConfigError(
                 "optimizer: warmup_steps must be at least 0, warmup_ratio in [0, 1), final_lr_ratio in [0, 1]"
@@ -166,7 +166,7 @@ class RunSettings(Section):
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
-            raise ConfigError("run: give steps or epochs, not both")
+            raise ConfigError("give run.steps or run.epochs, not both")
         for name in ("steps", "log_every", "snapshot_every", "keep_snapshots"):
             value = getattr(self, name)
             if value is not None and value < 1:
