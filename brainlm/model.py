@@ -151,6 +151,8 @@ class BrainLM(nn.Module):
         self.contract = contract.with_windows(config.window_len, config.patch_len)
         self.manifest: dict[str, Any] = {}
         self.weights_sha256 = ""
+        self.recompute_activations = False
+        """In training: keep what enters each block alone, and compute the rest again for the gradient."""
         self.train_subjects: TrainSubjects | None = None
         coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
         groups = parcel_groups(coords_mm, config.patch_parcels) if config.patch_parcels > 1 else None
@@ -369,8 +371,16 @@ class BrainLM(nn.Module):
         """Encode tokens that `seen` gave."""
         x_BVD, ids_keep, valid = self.embed_visible(grid, mask_BL)
         for block in self.encoder:
-            x_BVD = block(x_BVD, valid_BM=valid)
+            x_BVD = self._through(block, x_BVD, None, valid)
         return Encoded(self.encoder_norm(x_BVD), ids_keep, valid, grid)
+
+    def _through(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.recompute_activations and torch.is_grad_enabled():
+            from torch.utils.checkpoint import checkpoint
+
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            return out
+        return block(*inputs)
 
     def embed_visible(self, grid: TokenGrid, mask_BL: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the encoder's input (B, 1 + V, D), the token numbers (B, V), and which are valid (None = all)."""
@@ -425,7 +435,7 @@ class BrainLM(nn.Module):
         x, memory, valid = self.decoder_inputs(encoded, ids_BQ)
         rows = ids_BQ + 1 if memory is None else None  # CLS is row 0; the last block computes only what is read
         for number, block in enumerate(self.decoder, start=1):
-            x = block(x, memory, valid, rows if number == len(self.decoder) else None)
+            x = self._through(block, x, memory, valid, rows if number == len(self.decoder) else None)
         return self.decoder_pred(self.decoder_norm(x)).float()
 
     def forward(

@@ -78,6 +78,7 @@ class Engine:
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
             )
+        model.recompute_activations = settings.engine.activation_checkpointing
         self.world = world
         # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0

@@ -49,6 +49,7 @@ DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run with
 MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
+    "engine.activation_checkpointing",
 }  # fmt: skip
 
 

@@ -125,6 +125,8 @@ class EngineSettings(Section):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """``auto``: bf16 where the machine has instructions for it (see `train.precision`), else fp32."""
     zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: bool = False
+    """Compute activations again for the gradient instead of keeping them: less memory, about a third more time."""
     threads: int | None = None
     """CPU threads per rank; null = cores / ranks."""
     timeout_s: float = 600.0

@@ -77,6 +77,14 @@ def test_a_run_goes_on_at_another_number_of_ranks_and_another_stage(
         torch.testing.assert_close(ours[name], theirs[name], rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_activations_computed_again_give_the_same_weights(stage: int, trained: Trained) -> None:
+    options = [f"engine.zero_stage={stage}"] if stage != 1 else []
+    kept, again = trained(*options), trained(*options, "engine.activation_checkpointing=true")
+    ours, theirs = weights(again), weights(kept)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_torchrun_trains_the_same_model(finished: Path, tmp_path: Path, write_config: Config) -> None:
     out = tmp_path / "torchrun"
     launcher = [str(Path(sys.executable).parent / "torchrun"), "--standalone", "--nproc-per-node", "2"]
