@@ -71,7 +71,7 @@ class Step:
     """A recipe's training step, repeated on its first batches for timing."""
 
     def __init__(self, settings: PretrainSettings) -> None:
-        dataset = open_dataset(settings.data.dataset)
+        dataset = open_dataset(settings.data.datasets[0])
         config = settings.model.resolved
         torch.manual_seed(0)
         self.model = BrainLM(config, dataset.contract.with_windows(config.window_len, config.patch_len))

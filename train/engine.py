@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from brainlm.errors import ConfigError
+from brainlm.loader import WindowBatch
 from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
@@ -103,11 +104,9 @@ class Engine:
         assert isinstance(model, BrainLM)
         return model
 
-    def forward(
-        self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None, kept: Tensor | None
-    ) -> Loss:
+    def forward(self, batch: WindowBatch) -> Loss:
         self._beat()
-        loss = self._engine(windows, mask, present, ids_decoded, kept)
+        loss = self._engine(batch.as_windows(), batch.mask, ids_decoded=batch.ids_decoded)
         assert isinstance(loss, Loss)
         return loss
 

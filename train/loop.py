@@ -7,12 +7,12 @@ import math
 import time
 
 from brainlm.errors import TrainingError
-from brainlm.loader import WindowLoader
 from brainlm.presets import flops_per_window
 from brainlm.world import World
 from train.engine import Engine
-from train.held_out import HeldOut
+from train.held_out import HeldOut, score_all
 from train.interruption import Interruption
+from train.mix import Mix
 from train.reporting import Reporter, peak_flops
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
@@ -25,8 +25,8 @@ MAX_LISTED = 8
 
 def train(
     engine: Engine,
-    loader: WindowLoader,
-    held_out: HeldOut,
+    mix: Mix,
+    held_out: dict[str, HeldOut],
     state: TrainState,
     settings: PretrainSettings,
     snapshots: Snapshots,
@@ -61,7 +61,7 @@ def train(
     peak = peak_flops()
     since = _Since()
     engine.model.train()
-    for batches in loader.iterate(state.step, num_steps):
+    for batches in mix.iterate(state.step, num_steps):
         step_started = time.perf_counter()
         (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
         num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
@@ -70,8 +70,7 @@ def train(
         sums = [0.0, 0.0]
         for number, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(engine.device)
-            kept = None if bool(cpu_batch.kept.all()) else batch.kept
-            loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded, kept)
+            loss = engine.forward(batch)
             sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
             # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
             scale = world.size * len(batches) / num_values
@@ -87,9 +86,10 @@ def train(
         else:
             state.num_skipped += 1
             what = "gradient" if math.isfinite(squared) else "loss"
+            name, rows = mix.rows_at(state.step)
             problem = (
                 f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
-                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:MAX_LISTED]}"
+                f"of {name} (recording number, first timepoint): {rows.tolist()[:MAX_LISTED]}"
             )
             if state.num_skipped > run.max_skipped:
                 raise TrainingError(
@@ -113,20 +113,23 @@ def train(
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,
-                "data_wait": loader.data_wait_s / since.elapsed_s,
+                "data_wait": mix.data_wait_s / since.elapsed_s,
                 "seconds_trained": state.seconds_trained,
                 "num_skipped": state.num_skipped,
             }
             if peak is not None:
                 metrics["mfu"] = rate * mean_flops / (peak * world.size)
-            loader.data_wait_s = 0.0
+            mix.data_wait_s = 0.0
             since = _Since()
         if state.step % settings.validation.every == 0 or last:  # all ranks
             started = time.perf_counter()
-            scores = held_out.score(engine)
+            scores = score_all(held_out, engine)
             metrics |= scores
             state.val_r2 = scores["val_r2"]
             state.best_val_r2 = max(state.val_r2, -math.inf if state.best_val_r2 is None else state.best_val_r2)
+            if reporter is not None:  # rank zero
+                for name, part in held_out.items():
+                    reporter.picture(state.step, name, part.example)
             since.paused_s += time.perf_counter() - started
         if reporter is not None and metrics:  # rank zero
             reporter.log(state.step, metrics)

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -22,23 +23,30 @@ import torch
 from brainlm.atlas import Atlas
 from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config, parse_entry_args, to_tree, to_yaml
-from brainlm.dataset import Dataset, open_dataset
+from brainlm.dataset import Dataset
 from brainlm.errors import BrainLMError, ConfigError, DataError, StoreError
 from brainlm.input_contract import InputContract
-from brainlm.loader import WindowLoader
 from brainlm.model import BrainLM, ModelConfig
 from brainlm.presets import flops_per_window
 from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World, read_world
+from train.data import (
+    build_held_out,
+    build_mix,
+    check_parcels,
+    data_hash,
+    describe_data,
+    open_datasets,
+    train_subjects,
+)
 from train.engine import Engine, deepspeed_dict
 from train.first_weights import first_weights, load_source
-from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.loop import train
 from train.precision import resolve_precision
 from train.reporting import Reporter
-from train.settings import PretrainSettings, check_settings, micro_batches, num_steps
+from train.settings import PretrainSettings, check_settings, num_steps
 from train.snapshots import Snapshots, resume_newest
 from train.state import TrainState
 
@@ -66,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
             if world.is_rank_zero:
                 print(plan(settings, world))
             return 0
-        return run(settings, open_dataset(settings.data.dataset), world)
+        return run(settings, open_datasets(settings), world)
     except BrainLMError as error:
         logger.error("%s", error)
         return 1
@@ -75,15 +83,16 @@ def main(argv: list[str] | None = None) -> int:
 def plan(settings: PretrainSettings, world: World) -> str:
     """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
     config = settings.model.resolved if settings.init_from is None else load_source(settings).config
-    dataset: Dataset | None = None
+    datasets: list[Dataset] = []
     try:
-        dataset = open_dataset(settings.data.dataset)
+        datasets = open_datasets(settings)
     except (DataError, StoreError) as error:
         contract = blank_contract(DEFAULT_NUM_PARCELS, config)
         data = f"not there yet, {DEFAULT_NUM_PARCELS} parcels assumed ({error})"
     else:
-        contract = dataset.contract
-        data = f"{dataset.name}, content {dataset.content_hash[:12]}"
+        check_parcels(datasets, config)
+        contract = datasets[0].contract
+        data = "; ".join(f"{dataset.name}, content {dataset.content_hash[:12]}" for dataset in datasets)
     with torch.device("meta"):  # sizes alone, whatever they are
         model = BrainLM(config, contract)
     tokens = model.num_rows * config.num_patches
@@ -100,18 +109,18 @@ def plan(settings: PretrainSettings, world: World) -> str:
         f"tokens per window     {tokens:,} ({grid})",
         f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
-        f"windows in the run    {_windows_in_run(settings, dataset)}",
+        f"windows in the run    {_windows_in_run(settings, datasets)}",
         f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
         f"data set              {data}",
     ]
     return "\n".join(lines)
 
 
-def _windows_in_run(settings: PretrainSettings, dataset: Dataset | None) -> str:
+def _windows_in_run(settings: PretrainSettings, datasets: Sequence[Dataset]) -> str:
     data = settings.data
-    if dataset is None and settings.run.epochs is not None:
+    if not datasets and settings.run.epochs is not None:
         return f"{settings.run.epochs:g} epochs"
-    per_epoch = 0 if dataset is None else len(dataset.split("train")) * data.windows_per_recording // data.batch_size
+    per_epoch = sum(len(d.split("train")) * data.windows_per_recording // data.batch_size for d in datasets)
     steps = num_steps(settings, per_epoch)
     return f"{steps * data.batch_size:,} in {steps:,} steps"
 
@@ -132,54 +141,44 @@ def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
     )  # fmt: skip
 
 
-def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
+def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -> int:
     """Train, or go on training, and export the checkpoint. All ranks take part."""
     folder = Path(settings.run.out)
     if (folder / DONE).is_file():
-        check_same_run(settings, dataset, folder)
+        check_same_run(settings, data_hash(datasets), folder)
         done = json.loads((folder / DONE).read_text())
         logger.info("this run is done: %s", done["checkpoint"])
         return 0
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(settings.engine.threads or max(1, cores // world.size))
 
-    first = first_weights(settings, dataset)
-    model, contract = first.model, first.model.contract
-    reader, validation = dataset.split("train"), dataset.split("val")
-    for split, part in (("train", reader), ("val", validation)):
-        if len(part) == 0:
-            raise ConfigError(f"{dataset.store.url}: the {split} split is empty; prepare with other split fractions")
-    loader = WindowLoader(
-        reader,
-        contract,
-        settings.masks,
-        batch_size=settings.data.batch_size,
-        windows_per_recording=settings.data.windows_per_recording,
-        seed=settings.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        micro_batches=micro_batches(settings, world.size),
-        patch_parcels=model.config.patch_parcels,
-    )
-    steps = num_steps(settings, loader.steps_per_epoch)
-    held_out = HeldOut(validation, contract, settings.validation, model.config.patch_parcels)
+    first = first_weights(settings, datasets[0])
+    model = first.model
+    check_parcels(datasets, model.config)
+    mix = build_mix(datasets, model, settings, world)
+    steps = num_steps(settings, mix.steps_per_epoch)
+    held_out = build_held_out(datasets, model, settings)
     logger.info(
         "%s parameters; %d recordings to train on, %d windows to validate on; %d steps of %d windows on %d rank(s)",
-        f"{model.num_parameters:,}", len(reader), len(held_out.windows), steps,
-        settings.data.batch_size, world.size,
+        f"{model.num_parameters:,}", sum(len(loader.reader) for loader in mix.loaders),
+        sum(len(part.windows) for part in held_out.values()), steps, settings.data.batch_size, world.size,
     )  # fmt: skip
-    manifest = describe(settings, dataset, model, world) | {
-        **first.facts,
-        "num_steps": steps,
-        "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
-        "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
-    }
+    manifest = (
+        describe(settings, model, world)
+        | describe_data(datasets, mix)
+        | {
+            **first.facts,
+            "num_steps": steps,
+            "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
+            "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
+        }
+    )
     if (folder / "manifest.json").is_file():  # every rank looks, so that every rank stops
-        check_same_run(settings, dataset, folder)
+        check_same_run(settings, data_hash(datasets), folder)
     if world.is_rank_zero:
         folder.mkdir(parents=True, exist_ok=True)
         lock = lock_folder(folder)  # held until this process ends
-        write_run_files(settings, dataset, folder, manifest)
+        write_run_files(settings, folder, manifest)
     engine = Engine(settings, model, world)
     engine.barrier()
 
@@ -192,7 +191,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     interruption = Interruption().install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
-        finished = train(engine, loader, held_out, state, settings, snapshots, steps, world, reporter, interruption)
+        finished = train(engine, mix, held_out, state, settings, snapshots, steps, world, reporter, interruption)
     finally:
         snapshots.close()
         if reporter is not None:
@@ -205,7 +204,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     weights = engine.whole_weights()
     if world.is_rank_zero:
         checkpoint = f"{settings.run.storage or settings.run.out}/checkpoints/step-{state.step}"
-        subjects = sorted({entry.subject for entry in reader.entries})
+        subjects = train_subjects(datasets)
         manifest |= {
             "step": state.step,
             "windows_seen": state.windows_seen,
@@ -223,12 +222,10 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World) -> int:
     return 0
 
 
-def describe(settings: PretrainSettings, dataset: Dataset, model: BrainLM, world: World) -> dict[str, Any]:
-    """Return the manifest: where this run's numbers come from. No subject ids."""
+def describe(settings: PretrainSettings, model: BrainLM, world: World) -> dict[str, Any]:
+    """Return what the manifest says of model, machine and settings."""
     return {
         "git_commit": git_commit(),
-        "dataset": dataset.name,
-        "data_hash": dataset.content_hash,
         "num_parameters": model.num_parameters,
         "world_size": world.size,
         "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
@@ -256,7 +253,7 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
-def write_run_files(settings: PretrainSettings, dataset: Dataset, folder: Path, manifest: dict[str, Any]) -> None:
+def write_run_files(settings: PretrainSettings, folder: Path, manifest: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json before step 0; those of a run that goes on stay as they are."""
     if (folder / "manifest.json").is_file():
         return
@@ -266,7 +263,7 @@ def write_run_files(settings: PretrainSettings, dataset: Dataset, folder: Path, 
     os.replace(temporary, folder / "manifest.json")
 
 
-def check_same_run(settings: PretrainSettings, dataset: Dataset, folder: Path) -> None:
+def check_same_run(settings: PretrainSettings, data_hash: str, folder: Path) -> None:
     """Raise `ConfigError` that lists what differs, if the folder belongs to a run with other settings or data."""
     manifest = json.loads((folder / "manifest.json").read_text())
     theirs, ours = _flat(manifest["config"]), _flat(to_tree(settings))
@@ -275,8 +272,8 @@ def check_same_run(settings: PretrainSettings, dataset: Dataset, folder: Path) -
         for key in sorted(theirs.keys() | ours.keys())
         if key not in MAY_CHANGE and theirs.get(key) != ours.get(key)
     ]
-    if manifest["data_hash"] != dataset.content_hash:
-        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {dataset.content_hash[:12]} here")
+    if manifest["data_hash"] != data_hash:
+        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {data_hash[:12]} here")
     if differs:
         raise ConfigError(
             f"{folder} belongs to a run with other settings; choose another run.out, or remove it:\n"

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from train.pictures import Example, draw_example
+
 logger = logging.getLogger(__name__)
 
 # Peak dense bf16 rates (FLOP/s) from the makers' data sheets; model FLOPs utilisation is reported only where known.
@@ -76,6 +78,11 @@ class Reporter:
             done = max(step - self.first_step, 1)
             left_s = (time.perf_counter() - self._started) / done * (self.num_steps - step)
             logger.info("step %d/%d  %s  %d s left", step, self.num_steps, text, left_s)
+
+    def picture(self, step: int, name: str, example: Example | None) -> None:
+        """Show one validation window of a data set, as measured and as rebuilt."""
+        if example is not None:
+            self._board.add_figure(f"reconstruction/{name}", draw_example(example), step)
 
     def __enter__(self) -> Reporter:
         return self

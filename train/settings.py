@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,8 +47,11 @@ class ModelChoice(Section):
 class DataSettings(Section):
     """What is trained on."""
 
-    dataset: str
-    """URL of a prepared data set; its train split is trained on, its val split validates."""
+    dataset: str | tuple[str, ...]
+    """URL of a prepared data set; its train split is trained on, its val split validates. Or several: all windows of a
+    step are of one, and the checkpoint's contract is that of the first."""
+    weights: tuple[float, ...] | None = None
+    """Relative numbers of steps of several data sets; null = in proportion to their recordings."""
     batch_size: int = 64
     """Windows per step over all ranks."""
     micro_batch_size: int | None = None
@@ -60,6 +64,19 @@ class DataSettings(Section):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}")
+        if not self.datasets or not all(self.datasets):
+            raise ConfigError("data.dataset: expected the URL of at least one data set")
+        if self.weights is not None:
+            if len(self.weights) != len(self.datasets):
+                raise ConfigError(
+                    f"data.weights: expected one for each of {len(self.datasets)} data sets, found {len(self.weights)}"
+                )
+            if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
+                raise ConfigError(f"data.weights: expected numbers above 0, found {list(self.weights)}")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
