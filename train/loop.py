@@ -1,4 +1,4 @@
-"""The training loop: fetch, forward, backward, agree it is finite, update, log, validate, save."""
+"""The training loop: fetch, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
 from train.snapshots import Snapshots
 from train.state import TrainState
+from train.step import train_step
 
 logger = logging.getLogger(__name__)
 MAX_LISTED = 8
@@ -63,29 +64,13 @@ def train(
     engine.model.train()
     for batches in mix.iterate(state.step, num_steps):
         step_started = time.perf_counter()
-        (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
-        num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
         lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
-        engine.set_learning_rate(lr)
-        sums = [0.0, 0.0]
-        for number, cpu_batch in enumerate(batches):
-            batch = cpu_batch.to(engine.device)
-            loss = engine.forward(batch)
-            sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
-            # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
-            scale = world.size * len(batches) / num_values
-            if number + 1 == len(batches):
-                squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
-                if not math.isfinite(squared):
-                    scale = math.nan  # so that the gradient is not finite either, and nothing is updated
-            engine.backward(loss.sum * scale)
-            engine.micro_step()
-        gradient_norm = engine.gradient_norm()  # the same on all ranks
-        if math.isfinite(gradient_norm):
-            since.add(squared / num_values, target / num_values)
+        step = train_step(engine, batches, lr)
+        if step.is_finite:
+            since.add(step.loss, step.target)
         else:
             state.num_skipped += 1
-            what = "gradient" if math.isfinite(squared) else "loss"
+            what = "gradient" if math.isfinite(step.loss) else "loss"
             name, rows = mix.rows_at(state.step)
             problem = (
                 f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
@@ -109,7 +94,7 @@ def train(
                 "loss": since.mean_loss,
                 "train_r2": 1 - since.mean_loss / since.mean_target,
                 "lr": lr,
-                "grad_norm": gradient_norm,
+                "grad_norm": step.gradient_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,

@@ -31,6 +31,7 @@ from brainlm.presets import flops_per_window
 from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World, read_world
+from train.combinations import check_combination
 from train.data import (
     build_held_out,
     build_mix,
@@ -57,7 +58,7 @@ DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run with
 MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
-    "engine.activation_checkpointing",
+    "engine.activation_checkpointing", "engine.offload_optimizer", "engine.compile",
 }  # fmt: skip
 
 
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         settings = resolve_precision(load_config(PretrainSettings, args.config, args.overrides))
         check_settings(settings, world.size)
+        check_combination(settings.engine)
         if args.dry_run:
             if world.is_rank_zero:
                 print(plan(settings, world))

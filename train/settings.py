@@ -144,6 +144,10 @@ class EngineSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     """Compute activations again for the gradient instead of keeping them: less memory, about a third more time."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in the machine's memory instead of the GPU's, and update the weights there."""
+    compile: bool = False
+    """Compile the Transformer's blocks with torch.compile, at the first steps of every run: about a minute."""
     threads: int | None = None
     """CPU threads per rank; null = cores / ranks."""
     timeout_s: float = 600.0
@@ -263,10 +267,5 @@ def check_settings(settings: PretrainSettings, world_size: int) -> None:
     """Check relations between sections; change nothing."""
     settings.model.resolved  # noqa: B018 - raises if the sizes contradict each other
     micro_batches(settings, world_size)
-    if settings.engine.precision == "bf16" and settings.engine.zero_stage == 0:
-        raise ConfigError(
-            "engine.precision=bf16 needs engine.zero_stage of 1 or more: at stage 0 DeepSpeed's first update is not "
-            "the one that was asked for. Stage 1 costs nothing more on one rank"
-        )
     if not 0 < settings.validation.mask_ratio < 1 or settings.validation.every < 1:
         raise ConfigError("validation: mask_ratio must be between 0 and 1 and every at least 1")

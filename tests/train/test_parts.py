@@ -131,12 +131,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(world_size: int) -> None
         check_settings(settings(batch_size=64), world_size)
 
 
-def test_bfloat16_without_partitioning_is_refused_with_the_way_out() -> None:
-    wrong = dataclasses.replace(settings(), engine=EngineSettings(precision="bf16", zero_stage=0))
-    with pytest.raises(ConfigError, match="zero_stage of 1 or more"):
-        check_settings(wrong, 1)
-
-
 def test_a_url_as_output_folder_is_refused_with_the_setting_that_takes_it() -> None:
     with pytest.raises(ConfigError, match=r"give the URL as run\.storage"):
         RunSettings(out="s3://bucket/run")
