@@ -44,7 +44,9 @@ def draw_example(example: Example) -> Figure:
     shown = answered[np.linspace(0, len(answered) - 1, min(NUM_SERIES, len(answered))).astype(int)]
     if len(shown):
         for ax, parcel in zip(halves[1].subgridspec(1, len(shown)).subplots(squeeze=False)[0], shown, strict=True):
-            ax.plot(truth[parcel], color="0.3", linewidth=1)
-            ax.plot(np.where(hidden[parcel], example.rebuilt[parcel], np.nan), color="tab:red", linewidth=1.5)
-            ax.set(title=f"parcel {parcel}: measured, rebuilt (red)", xlabel="timepoint")
+            ax.plot(truth[parcel], color="0.3", linewidth=1, label="measured")
+            own = np.where(hidden[parcel], example.rebuilt[parcel], np.nan)
+            ax.plot(own, color="tab:red", linewidth=1.5, label="rebuilt")
+            ax.set(title=f"parcel {parcel} (from 0)", xlabel="timepoint")
+        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2)
     return figure
