@@ -22,6 +22,7 @@ from train.engine import Engine
 from train.settings import ValidationSettings
 
 _SEED = 0x7A1
+LARGEST = 1e15  # its square, summed over a window, is far from the end of float32
 
 
 class HeldOut:
@@ -31,6 +32,11 @@ class HeldOut:
     ----------
     reader : SplitReader
         Validation recordings; the first `max_recordings` are used.
+
+    Raises
+    ------
+    DataError
+        If a recording holds values that cannot be scored.
     """
 
     def __init__(
@@ -50,6 +56,11 @@ class HeldOut:
             if not kept_T.any():
                 continue
             measured = series if kept_T.all() else series[kept_T]
+            if not np.abs(measured).max() <= LARGEST:  # nor where one is nan
+                raise DataError(
+                    f"{entry.recording_id}, of the val split, holds values that are not finite or above {LARGEST:g}: "
+                    "prepare the data set again without it"
+                )
             sd = measured.std(axis=0) / np.where(contract.usable, contract.iqr, 1.0)  # contract units
             for start in even_starts(entry.num_timepoints, contract.window_len, settings.windows_per_recording):
                 window = scale(series[start : start + contract.window_len], contract).T.copy()

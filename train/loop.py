@@ -13,6 +13,7 @@ from brainlm.world import World
 from train.engine import Engine
 from train.held_out import HeldOut
 from train.interruption import Interruption
+from train.not_finite import suspects
 from train.reporting import Reporter, peak_flops
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
@@ -20,7 +21,6 @@ from train.snapshots import Snapshots
 from train.state import TrainState
 
 logger = logging.getLogger(__name__)
-MAX_LISTED = 8
 
 
 def train(
@@ -83,13 +83,13 @@ def train(
             engine.micro_step()
         gradient_norm = engine.gradient_norm()  # the same on all ranks
         if math.isfinite(gradient_norm):
-            since.add(squared / num_values, target / num_values)
+            since.add(squared / num_values, target / num_values, gradient_norm)
         else:
             state.num_skipped += 1
             what = "gradient" if math.isfinite(squared) else "loss"
             problem = (
-                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
-                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:MAX_LISTED]}"
+                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. "
+                f"{suspects(loader, batches, state.step, engine.sum_over_ranks)}"
             )
             if state.num_skipped > run.max_skipped:
                 raise TrainingError(
@@ -109,7 +109,7 @@ def train(
                 "loss": since.mean_loss,
                 "train_r2": 1 - since.mean_loss / since.mean_target,
                 "lr": lr,
-                "grad_norm": gradient_norm,
+                "grad_norm": since.grad_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,
@@ -152,10 +152,12 @@ class _Since:
         self.started = time.perf_counter()
         self.paused_s = 0.0
         self.num_steps = 0
+        self.grad_norm = 0.0  # of the newest step that was not left out
         self._loss = self._target = 0.0
 
-    def add(self, loss: float, target: float) -> None:
+    def add(self, loss: float, target: float, grad_norm: float) -> None:
         self.num_steps += 1
+        self.grad_norm = grad_norm
         self._loss += loss
         self._target += target
 

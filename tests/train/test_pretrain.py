@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
@@ -117,7 +118,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_windows(tmp_path:
     result = run(write_config(tmp_path / "diverged"), "optimizer.lr=1e30", "optimizer.warmup_steps=0")
     assert result.returncode == 1
     assert "the loss of step 5 is not finite: the weights were not changed by it. Its windows" in result.stderr
-    assert "recording number" in result.stderr
+    assert re.search(r"sub-train00\d_task-rest from timepoint \d+ \(", result.stderr)
     assert "More than run.max_skipped=3 steps were like this" in result.stderr
     assert not (tmp_path / "diverged" / "done.json").exists()
 
