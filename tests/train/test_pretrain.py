@@ -40,7 +40,8 @@ def test_metrics_hold_every_step_and_validation_where_asked(finished: Path) -> N
     rows = metrics(finished)
     assert sorted(rows) == list(range(1, 13))
     assert {step for step, row in rows.items() if "val_r2" in row} == {6, 12}
-    assert {"loss", "train_r2", "lr", "grad_norm", "windows_per_s", "tokens_per_s", "data_wait"} <= set(rows[12])
+    names = {"loss", "train_r2", "lr", "grad_norm", "windows_per_s", "tokens_per_s", "data_wait", "save_wait"}
+    assert names <= set(rows[12])
     assert rows[1]["lr"] == pytest.approx(5e-3)
     assert all(row["train_r2"] < 1 and row["loss"] > 0 for row in rows.values())
 
