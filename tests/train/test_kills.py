@@ -16,9 +16,8 @@ from typing import Protocol
 import pytest
 from safetensors import safe_open
 
-from tests.train.conftest import command, environment, metrics
+from tests.train.conftest import command, environment, is_running, metrics, process_of_rank
 from tests.train.forked import start
-from tests.train.test_watchdog import is_running, process_of_rank
 
 Config = Callable[[Path], Path]
 # Snapshots of 3 MB, so that a save takes a while, and one after almost every step.

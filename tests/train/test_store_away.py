@@ -2,71 +2,33 @@
 
 from __future__ import annotations
 
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 import torch
 from safetensors.torch import load
 
 from tests.fault_proxy import FaultProxy
+from tests.s3_server import CREDENTIALS, Address, client_of, serving
 from tests.train.conftest import weights
 from tests.train.forked import start
 
 Config = Callable[[Path], Path]
 BUCKET = "training"
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 RETRY_S = 2.0
 
 
 @pytest.fixture
-def server() -> Iterator[tuple[str, int]]:
-    """Host and port of an S3 server in a process of its own, with one empty bucket."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        host, port = found.getsockname()
-    program = "import sys; from moto.server import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "-H", host, "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 60
-        while True:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                socket.create_connection((host, port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        client = _client((host, port))
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
-        yield host, port
-        process.terminate()
+def server() -> Iterator[Address]:
+    with serving(BUCKET) as address:
+        yield address
 
 
-def _client(server: tuple[str, int]):
-    return boto3.client(
-        "s3",
-        endpoint_url="http://{}:{}".format(*server),
-        region_name="us-east-1",
-        aws_access_key_id="nobody",
-        aws_secret_access_key="nothing",
-    )
-
-
-def objects(server: tuple[str, int]) -> dict[str, bytes]:
-    client = _client(server)
+def objects(server: Address) -> dict[str, bytes]:
+    client = client_of(server)
     keys = [item["Key"] for item in client.list_objects_v2(Bucket=BUCKET)["Contents"]]
     found = {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in keys}
     client.close()
@@ -74,7 +36,7 @@ def objects(server: tuple[str, int]) -> dict[str, bytes]:
 
 
 def test_a_store_that_is_away_costs_snapshots_and_no_training(
-    server: tuple[str, int], finished: Path, tmp_path: Path, write_config: Config
+    server: Address, finished: Path, tmp_path: Path, write_config: Config
 ) -> None:
     proxy = FaultProxy(server)
     out = tmp_path / "run"
