@@ -26,6 +26,7 @@ from train.pictures import Example
 from train.settings import ValidationSettings
 
 _SEED = 0x7A1
+LARGEST = 1e15  # its square, summed over a window, is far from the end of float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +54,11 @@ class HeldOut:
         Of the data set.
     model_contract : InputContract, optional
         Of the model, where it is another one; None = `contract`.
+
+    Raises
+    ------
+    DataError
+        If a recording holds values that cannot be scored.
     """
 
     def __init__(
@@ -78,6 +84,11 @@ class HeldOut:
             if not kept_T.any():
                 continue
             measured = series if kept_T.all() else series[kept_T]
+            if not np.abs(measured).max() <= LARGEST:  # nor where one is nan
+                raise DataError(
+                    f"{entry.recording_id}, of the val split, holds values that are not finite or above {LARGEST:g}: "
+                    "prepare the data set again without it"
+                )
             sd = measured.std(axis=0) / np.where(contract.usable, contract.iqr, 1.0)  # contract units
             for start in even_starts(entry.num_timepoints, contract.window_len, settings.windows_per_recording):
                 window = scale(series[start : start + contract.window_len], contract).T.copy()

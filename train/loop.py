@@ -13,15 +13,15 @@ from train.engine import Engine
 from train.held_out import HeldOut, score_all
 from train.interruption import Interruption
 from train.mix import Mix
+from train.not_finite import suspects
 from train.reporting import Reporter, peak_flops
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
-from train.snapshots import Snapshots
+from train.snapshots import PATIENCE_S, Snapshots
 from train.state import TrainState
-from train.step import train_step
+from train.step import Step, train_step
 
 logger = logging.getLogger(__name__)
-MAX_LISTED = 8
 
 
 def train(
@@ -67,14 +67,13 @@ def train(
         lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
         step = train_step(engine, batches, lr)
         if step.is_finite:
-            since.add(step.loss, step.target)
+            since.add(step)
         else:
             state.num_skipped += 1
             what = "gradient" if math.isfinite(step.loss) else "loss"
-            name, rows = mix.rows_at(state.step)
             problem = (
-                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
-                f"of {name} (recording number, first timepoint): {rows.tolist()[:MAX_LISTED]}"
+                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. "
+                f"{suspects(mix, batches, state.step, engine.sum_over_ranks)}"
             )
             if state.num_skipped > run.max_skipped:
                 raise TrainingError(
@@ -94,11 +93,12 @@ def train(
                 "loss": since.mean_loss,
                 "train_r2": 1 - since.mean_loss / since.mean_target,
                 "lr": lr,
-                "grad_norm": step.gradient_norm,
+                "grad_norm": since.grad_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,
                 "data_wait": mix.data_wait_s / since.elapsed_s,
+                "save_wait": since.saving_s / (since.saving_s + since.elapsed_s),
                 "seconds_trained": state.seconds_trained,
                 "num_skipped": state.num_skipped,
             }
@@ -106,12 +106,14 @@ def train(
                 metrics["mfu"] = rate * mean_flops / (peak * world.size)
             mix.data_wait_s = 0.0
             since = _Since()
+        is_best = False
         if state.step % settings.validation.every == 0 or last:  # all ranks
             started = time.perf_counter()
             scores = score_all(held_out, engine)
             metrics |= scores
             state.val_r2 = scores["val_r2"]
-            state.best_val_r2 = max(state.val_r2, -math.inf if state.best_val_r2 is None else state.best_val_r2)
+            is_best = state.best_val_r2 is None or state.val_r2 > state.best_val_r2
+            state.best_val_r2 = state.val_r2 if is_best else state.best_val_r2
             if reporter is not None:  # rank zero
                 for name, part in held_out.items():
                     reporter.picture(state.step, name, part.example)
@@ -121,13 +123,18 @@ def train(
         if run.max_hours is not None and interruption.hours_since_start() >= run.max_hours:
             interruption.request(f"run.max_hours={run.max_hours:g} is over")
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
-        if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
+        saving = state.step % run.snapshot_every == 0 or last or stopping
+        if saving or (is_best and run.keep_best):  # all ranks
             started = time.perf_counter()
-            if problem := snapshots.begin(state):
+            patience_s = math.inf if last or stopping else PATIENCE_S
+            best = is_best and run.keep_best
+            if problem := snapshots.begin(state, snapshot=saving, best=best, patience_s=patience_s):
                 logger.warning("%s; training goes on", problem)
             if (last or stopping) and (problem := snapshots.wait()):
-                raise TrainingError(f"{problem}. Nothing after the snapshot before it is kept")
-            since.paused_s += time.perf_counter() - started
+                raise TrainingError(
+                    f"{problem}. See to it and give the same command again: it goes on from the newest snapshot"
+                )
+            since.add_saving(time.perf_counter() - started)
         if stopping and not last:
             return False
     return True
@@ -138,14 +145,20 @@ class _Since:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.paused_s = 0.0
+        self.paused_s = self.saving_s = 0.0  # the second is part of the first
         self.num_steps = 0
+        self.grad_norm = 0.0  # of the newest step that was not left out
         self._loss = self._target = 0.0
 
-    def add(self, loss: float, target: float) -> None:
+    def add(self, step: Step) -> None:
         self.num_steps += 1
-        self._loss += loss
-        self._target += target
+        self.grad_norm = step.gradient_norm
+        self._loss += step.loss
+        self._target += step.target
+
+    def add_saving(self, seconds: float) -> None:
+        self.saving_s += seconds
+        self.paused_s += seconds
 
     @property
     def elapsed_s(self) -> float:

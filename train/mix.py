@@ -48,10 +48,11 @@ class Mix:
         number, own_step = self.turn(step)
         return self.loaders[number].batches_at(own_step)
 
-    def rows_at(self, step: int) -> tuple[str, np.ndarray]:
-        """Return the data set of a step and its (recording, start) rows, shape (batch_size, 2)."""
+    def rows_at(self, step: int) -> tuple[str, WindowLoader, np.ndarray]:
+        """Return the data set of a step, its loader, and its (recording, start) rows, shape (batch_size, 2)."""
         number, own_step = self.turn(step)
-        return self.names[number], self.loaders[number].rows_at(own_step)
+        loader = self.loaders[number]
+        return self.names[number], loader, loader.rows_at(own_step)
 
     def iterate(self, first_step: int, last_step: int) -> Iterator[list[WindowBatch]]:
         """Yield the batches of steps `first_step` to `last_step` - 1, read ahead; waiting adds to ``data_wait_s``."""

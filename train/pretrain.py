@@ -21,7 +21,6 @@ import numpy as np
 import torch
 
 from brainlm.atlas import Atlas
-from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config, parse_entry_args, to_tree, to_yaml
 from brainlm.dataset import Dataset
 from brainlm.errors import BrainLMError, ConfigError, DataError, StoreError
@@ -31,6 +30,7 @@ from brainlm.presets import flops_per_window
 from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World, read_world
+from train.checkpoints import Checkpoints
 from train.combinations import check_combination
 from train.data import (
     build_held_out,
@@ -57,6 +57,7 @@ DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run with
 # Settings that a run may go on with changed: they touch the weights by rounding at most.
 MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
+    "run.keep_best",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
     "engine.activation_checkpointing", "engine.offload_optimizer", "engine.compile",
 }  # fmt: skip
@@ -184,12 +185,15 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
     engine = Engine(settings, model, world)
     engine.barrier()
 
-    store = Store(f"{settings.run.storage or settings.run.out}/snapshots")
-    state = resume_newest(engine, store)
+    store = Store(settings.run.storage or settings.run.out)
+    checkpoints = Checkpoints(store.sub("checkpoints"), model, manifest, train_subjects(datasets), first.earlier)
+    state = resume_newest(engine, store.sub("snapshots"))
     if state is not None:
         logger.info("resumed after step %d", state.step)
+        if settings.run.keep_best and engine.from_rank_zero(world.is_rank_zero and checkpoints.best() is None):
+            state.best_val_r2 = None  # it was not kept: the next score is the best one that can be
     state = state or TrainState()
-    snapshots = Snapshots(engine, store, settings.run.keep_snapshots)
+    snapshots = Snapshots(engine, store.sub("snapshots"), settings.run.keep_snapshots, checkpoints)
     interruption = Interruption().install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
@@ -204,23 +208,20 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
         return 0
 
     weights = engine.whole_weights()
+    problem = ""
     if world.is_rank_zero:
-        checkpoint = f"{settings.run.storage or settings.run.out}/checkpoints/step-{state.step}"
-        subjects = train_subjects(datasets)
-        manifest |= {
-            "step": state.step,
-            "windows_seen": state.windows_seen,
-            "val_r2": state.val_r2,
-            "best_val_r2": state.best_val_r2,
-        }
-        sha256 = save_checkpoint(checkpoint, model, manifest, subjects, weights, first.earlier)
-        done_text = json.dumps({"checkpoint": checkpoint, "weights_sha256": sha256, "step": state.step})
-        (folder / f"{DONE}.tmp").write_text(done_text)
-        os.replace(folder / f"{DONE}.tmp", folder / DONE)
-        logger.info("done: %s", checkpoint)
+        try:
+            checkpoint, sha256 = checkpoints.write(f"step-{state.step}", weights, state.to_dict())
+            done = {"checkpoint": checkpoint, "best_checkpoint": checkpoints.best()}
+            Store(folder).write_json(DONE, done | {"weights_sha256": sha256, "step": state.step})
+            logger.info("done: %s", checkpoint)
+        except StoreError as error:
+            problem = f"{error}. The last snapshot is there: the same command writes the checkpoint"
         lock.close()
-    engine.barrier()
+    problem = engine.from_rank_zero(problem)
     engine.close()
+    if problem:
+        raise StoreError(problem)
     return 0
 
 

@@ -186,6 +186,8 @@ class RunSettings(Section):
     snapshot_every: int = 500
     keep_snapshots: int = 2
     """Older ones are removed once a newer one is complete."""
+    keep_best: bool = True
+    """Also keep a checkpoint of the best validation score so far."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
