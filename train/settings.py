@@ -128,7 +128,7 @@ class EngineSettings(Section):
     activation_checkpointing: bool = False
     """Compute activations again for the gradient instead of keeping them: less memory, about a third more time."""
     threads: int | None = None
-    """CPU threads per rank; null = cores / ranks."""
+    """CPU threads per rank; null = cores / ranks on the host."""
     timeout_s: float = 600.0
     """A rank that waits longer than this for another says for which, and ends with exit status 75. Reading from object
     storage is tried again for $BRAINLM_STORE_RETRY_S (300 s): leave more."""
@@ -151,7 +151,7 @@ class RunSettings(Section):
     out: str
     """Folder of this training run, on local disk: settings, metrics, TensorBoard."""
     storage: str | None = None
-    """URL of a folder for snapshots and checkpoints (s3://...); null = `out`."""
+    """URL of a folder for snapshots, checkpoints, and what the run is known by (s3://...); null = `out`."""
     steps: int | None = None
     """Updates; null = from `epochs`, or 1000."""
     epochs: float | None = None
