@@ -50,6 +50,7 @@ from train.settings import PretrainSettings, check_settings, micro_batches, num_
 from train.snapshots import Snapshots, resume_newest
 from train.start_up import StartUp
 from train.state import TrainState
+from train.watchdog import EXIT_STATUS, LostRankError
 
 logger = logging.getLogger("pretrain")
 DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
             settings = load_settings(args.config, args.overrides, world)
             dataset = open_dataset(settings.data.dataset)
         return run(settings, dataset, world, start)
+    except LostRankError as error:
+        logger.error("%s", error)
+        return EXIT_STATUS
     except BrainLMError as error:
         logger.error("%s", error)
         return 1
@@ -226,9 +230,10 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World, start: Start
     interruption = Interruption().install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
-        finished = train(
-            engine, parts.loader, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
-        )
+        with engine.naming_the_lost():
+            finished = train(
+                engine, parts.loader, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
+            )
     finally:
         snapshots.close()
         if reporter is not None:
@@ -238,7 +243,8 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World, start: Start
         engine.close()
         return 0
 
-    weights = engine.whole_weights()
+    with engine.naming_the_lost():
+        weights = engine.whole_weights()
     if world.is_rank_zero:
         checkpoint = f"{settings.run.storage or settings.run.out}/checkpoints/step-{state.step}"
         manifest = parts.manifest | {
