@@ -34,6 +34,7 @@ from train.engine import Engine
 from train.first_weights import FirstWeights, first_weights, load_source
 from train.held_out import HeldOut
 from train.interruption import Interruption
+from train.launcher import Launcher
 from train.loop import train
 from train.precision import resolve_precision
 from train.reporting import Reporter
@@ -57,6 +58,7 @@ DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run with
 
 
 def main(argv: list[str] | None = None) -> int:
+    launcher = Launcher()  # before it can have ended
     args = parse_entry_args(__doc__ or "", argv)
     world = read_world()
     logging.basicConfig(level=logging.INFO if world.is_rank_zero else logging.ERROR, format="pretrain: %(message)s")
@@ -71,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         with start.together():
             settings = load_settings(args.config, args.overrides, world)
             dataset = open_dataset(settings.data.dataset)
-        return run(settings, dataset, world, start)
+        return run(settings, dataset, world, start, launcher)
     except LostRankError as error:
         logger.error("%s", error)
         return EXIT_STATUS
@@ -195,7 +197,7 @@ def build(settings: PretrainSettings, dataset: Dataset, world: World) -> Parts:
     return Parts(first, loader, held_out, steps, manifest, subjects)
 
 
-def run(settings: PretrainSettings, dataset: Dataset, world: World, start: StartUp) -> int:
+def run(settings: PretrainSettings, dataset: Dataset, world: World, start: StartUp, launcher: Launcher) -> int:
     """Train, or go on training, and export the checkpoint. All ranks take part."""
     folder = Path(settings.run.out)
     start.patience_s = max(start.patience_s, settings.engine.timeout_s)
@@ -227,7 +229,7 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World, start: Start
         logger.info("resumed after step %d", state.step)
     state = state or TrainState()
     snapshots = Snapshots(engine, store, settings.run.keep_snapshots)
-    interruption = Interruption().install()
+    interruption = Interruption(launcher).install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
         with engine.naming_the_lost():
