@@ -21,7 +21,7 @@ from train.run_files import check_same_on_all_ranks
 from train.start_up import StartUp
 
 Config = Callable[[Path], Path]
-PROMPTLY_S = 60.0  # imports on a busy machine; the time that ranks wait for each other is ten minutes
+PROMPTLY_S = 300.0  # imports on a busy machine; ranks would wait for each other for ten minutes
 
 
 def free_port() -> int:
