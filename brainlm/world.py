@@ -14,6 +14,8 @@ class World:
     rank: int
     local_rank: int
     size: int
+    local_size: int = 1
+    """Processes on this host."""
 
     @property
     def is_rank_zero(self) -> bool:
@@ -21,11 +23,17 @@ class World:
 
 
 def read_world() -> World:
-    """Read RANK, LOCAL_RANK and WORLD_SIZE, which `deepspeed`, `torchrun` and `srun` wrappers set."""
+    """Read RANK, LOCAL_RANK and WORLD_SIZE, which `deepspeed`, `torchrun` and `srun` wrappers set.
+
+    The number of processes on this host is LOCAL_WORLD_SIZE (`torchrun`) or LOCAL_SIZE (`deepspeed`); without either,
+    all of them are taken to be here.
+    """
+    size = os.environ.get("WORLD_SIZE", "1")
     return World(
         rank=int(os.environ.get("RANK", "0")),
         local_rank=int(os.environ.get("LOCAL_RANK", "0")),
-        size=int(os.environ.get("WORLD_SIZE", "1")),
+        size=int(size),
+        local_size=int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size),
     )
 
 

@@ -24,7 +24,7 @@ from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
 from train.settings import PretrainSettings, micro_batches
-from train.watchdog import Watchdog
+from train.watchdog import LostRankError, Watchdog, is_of_a_link
 from train.whole_state import WholeState, gather, gather_weights, restore
 
 T = TypeVar("T")
@@ -196,6 +196,16 @@ class Engine:
             torch.distributed.broadcast_object_list(said, src=0)
         self._beat()
         return said[0]
+
+    @contextlib.contextmanager
+    def naming_the_lost(self) -> Iterator[None]:
+        """Raise `LostRankError`, which says who is gone, where torch says only that a connection is."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self._watchdog is None or not is_of_a_link(error):
+                raise
+            raise LostRankError(self._watchdog.who_is_lost(error)) from error
 
     def close(self) -> None:
         """Leave the process group; what is left of gloo must not decide the exit status."""

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT ask a run to stop at the end of a step; the loop saves a snapshot and every rank leaves."""
+"""SIGTERM, SIGINT and the end of the launcher ask a run to stop: it saves a snapshot after a step, and all leave."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 import signal
 import time
 from types import FrameType
+
+from train.launcher import Launcher
 
 logger = logging.getLogger(__name__)
 
@@ -19,10 +21,16 @@ class Interruption:
     A second SIGTERM does not: the DeepSpeed launcher answers a signal that the whole process group has received by
     sending SIGTERM to every rank once more, which must not end the snapshot that the first one asked for. Who cannot
     wait has SIGKILL.
+
+    Parameters
+    ----------
+    launcher : Launcher, optional
+        As it was when this process began; None takes it as it is now.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, launcher: Launcher | None = None) -> None:
         self.requested = False
+        self._launcher = launcher or Launcher()
         self._first_sigint_s: float | None = None
 
     def request(self, why: str) -> None:
@@ -30,6 +38,11 @@ class Interruption:
         if not self.requested:
             logger.warning("%s: saving a snapshot after this step, then leaving", why)
         self.requested = True
+
+    def look_for_launcher(self) -> None:
+        """Ask for the end if the launcher has ended before its ranks."""
+        if not self.requested and self._launcher.is_gone():
+            self.request("the launcher is gone")
 
     def hours_since_start(self) -> float:
         """Return how long this process has been running, its start included."""

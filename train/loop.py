@@ -122,6 +122,7 @@ def train(
             reporter.log(state.step, metrics)
         if run.max_hours is not None and interruption.hours_since_start() >= run.max_hours:
             interruption.request(f"run.max_hours={run.max_hours:g} is over")
+        interruption.look_for_launcher()
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
         saving = state.step % run.snapshot_every == 0 or last or stopping
         if saving or (is_best and run.keep_best):  # all ranks

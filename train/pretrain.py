@@ -8,26 +8,25 @@ A run that was stopped goes on from its newest snapshot when the same command is
 
 from __future__ import annotations
 
-import fcntl
-import json
 import logging
 import os
+import socket
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from brainlm.atlas import Atlas
-from brainlm.config import load_config, parse_entry_args, to_tree, to_yaml
+from brainlm.config import load_config, parse_entry_args, to_yaml
 from brainlm.dataset import Dataset
-from brainlm.errors import BrainLMError, ConfigError, DataError, StoreError
+from brainlm.errors import BrainLMError, DataError, StoreError
 from brainlm.input_contract import InputContract
 from brainlm.model import BrainLM, ModelConfig
 from brainlm.presets import flops_per_window
-from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World, read_world
 from train.checkpoints import Checkpoints
@@ -41,46 +40,64 @@ from train.data import (
     open_datasets,
     train_subjects,
 )
-from train.engine import Engine, deepspeed_dict
-from train.first_weights import first_weights, load_source
+from train.engine import Engine
+from train.first_weights import FirstWeights, first_weights, load_source
+from train.held_out import HeldOut
 from train.interruption import Interruption
+from train.launcher import Launcher
 from train.loop import train
+from train.mix import Mix
 from train.precision import resolve_precision
 from train.reporting import Reporter
+from train.run_files import (
+    check_same_on_all_ranks,
+    check_same_run,
+    describe,
+    lock_folder,
+    read_done,
+    write_done,
+    write_run_files,
+)
 from train.settings import PretrainSettings, check_settings, num_steps
 from train.snapshots import Snapshots, resume_newest
+from train.start_up import StartUp
 from train.state import TrainState
+from train.watchdog import EXIT_STATUS, LostRankError
 
 logger = logging.getLogger("pretrain")
-DONE = "done.json"
 DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
-# Settings that a run may go on with changed: they touch the weights by rounding at most.
-MAY_CHANGE = {
-    "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
-    "run.keep_best",
-    "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
-    "engine.activation_checkpointing", "engine.offload_optimizer", "engine.compile",
-}  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:
+    launcher = Launcher()  # before it can have ended
     args = parse_entry_args(__doc__ or "", argv)
     world = read_world()
     logging.basicConfig(level=logging.INFO if world.is_rank_zero else logging.ERROR, format="pretrain: %(message)s")
     for noisy in ("DeepSpeed", "deepspeed"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     try:
-        settings = resolve_precision(load_config(PretrainSettings, args.config, args.overrides))
-        check_settings(settings, world.size)
-        check_combination(settings.engine)
         if args.dry_run:
             if world.is_rank_zero:
-                print(plan(settings, world))
+                print(plan(load_settings(args.config, args.overrides, world), world))
             return 0
-        return run(settings, open_datasets(settings), world)
+        start = StartUp(world)
+        with start.together():
+            settings = load_settings(args.config, args.overrides, world)
+            datasets = open_datasets(settings)
+        return run(settings, datasets, world, start, launcher)
+    except LostRankError as error:
+        logger.error("%s", error)
+        return EXIT_STATUS
     except BrainLMError as error:
         logger.error("%s", error)
         return 1
+
+
+def load_settings(path: str, overrides: list[str], world: World) -> PretrainSettings:
+    settings = resolve_precision(load_config(PretrainSettings, path, overrides))
+    check_settings(settings, world.size)
+    check_combination(settings.engine)
+    return settings
 
 
 def plan(settings: PretrainSettings, world: World) -> str:
@@ -144,17 +161,19 @@ def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
     )  # fmt: skip
 
 
-def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -> int:
-    """Train, or go on training, and export the checkpoint. All ranks take part."""
-    folder = Path(settings.run.out)
-    if (folder / DONE).is_file():
-        check_same_run(settings, data_hash(datasets), folder)
-        done = json.loads((folder / DONE).read_text())
-        logger.info("this run is done: %s", done["checkpoint"])
-        return 0
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(settings.engine.threads or max(1, cores // world.size))
+@dataclass(frozen=True, eq=False)
+class Parts:
+    """What each rank builds by itself before training."""
 
+    first: FirstWeights
+    mix: Mix
+    held_out: dict[str, HeldOut]
+    num_steps: int
+    manifest: dict[str, Any]
+
+
+def build(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -> Parts:
+    """Build the model, what feeds it and what scores it, and describe them."""
     first = first_weights(settings, datasets[0])
     model = first.model
     check_parcels(datasets, model.config)
@@ -166,27 +185,48 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
         f"{model.num_parameters:,}", sum(len(loader.reader) for loader in mix.loaders),
         sum(len(part.windows) for part in held_out.values()), steps, settings.data.batch_size, world.size,
     )  # fmt: skip
-    manifest = (
-        describe(settings, model, world)
-        | describe_data(datasets, mix)
-        | {
-            **first.facts,
-            "num_steps": steps,
-            "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
-            "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
-        }
-    )
-    if (folder / "manifest.json").is_file():  # every rank looks, so that every rank stops
-        check_same_run(settings, data_hash(datasets), folder)
-    if world.is_rank_zero:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_folder(folder)  # held until this process ends
-        write_run_files(settings, folder, manifest)
+    manifest = {
+        **describe(settings, model, world),
+        **describe_data(datasets, mix),
+        **first.facts,
+        "num_steps": steps,
+        "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
+        "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
+    }
+    return Parts(first, mix, held_out, steps, manifest)
+
+
+def run(
+    settings: PretrainSettings, datasets: Sequence[Dataset], world: World, start: StartUp, launcher: Launcher
+) -> int:
+    """Train, or go on training, and export the checkpoint. All ranks take part."""
+    folder = Path(settings.run.out)
+    start.patience_s = max(start.patience_s, settings.engine.timeout_s)
+    done = None
+    with start.together():
+        if world.is_rank_zero:
+            check_same_run(settings, data_hash(datasets))
+            done = read_done(settings)
+    if done := start.from_rank_zero(done):
+        logger.info("this run is done: %s", done["checkpoint"])
+        return 0
+    torch.set_num_threads(settings.engine.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
+
+    with start.together():
+        parts = build(settings, datasets, world)
+    told = start.gather((socket.gethostname(), parts.manifest))
+    with start.together():
+        check_same_on_all_ranks(told)
+        if world.is_rank_zero:
+            lock = lock_folder(folder)  # held until this process ends
+            write_run_files(settings, parts.manifest)
+    model, steps = parts.first.model, parts.num_steps
     engine = Engine(settings, model, world)
     engine.barrier()
 
     store = Store(settings.run.storage or settings.run.out)
-    checkpoints = Checkpoints(store.sub("checkpoints"), model, manifest, train_subjects(datasets), first.earlier)
+    subjects, earlier = train_subjects(datasets), parts.first.earlier
+    checkpoints = Checkpoints(store.sub("checkpoints"), model, parts.manifest, subjects, earlier)
     state = resume_newest(engine, store.sub("snapshots"))
     if state is not None:
         logger.info("resumed after step %d", state.step)
@@ -194,10 +234,13 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
             state.best_val_r2 = None  # it was not kept: the next score is the best one that can be
     state = state or TrainState()
     snapshots = Snapshots(engine, store.sub("snapshots"), settings.run.keep_snapshots, checkpoints)
-    interruption = Interruption().install()
+    interruption = Interruption(launcher).install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
-        finished = train(engine, mix, held_out, state, settings, snapshots, steps, world, reporter, interruption)
+        with engine.naming_the_lost():
+            finished = train(
+                engine, parts.mix, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
+            )
     finally:
         snapshots.close()
         if reporter is not None:
@@ -207,13 +250,14 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
         engine.close()
         return 0
 
-    weights = engine.whole_weights()
+    with engine.naming_the_lost():
+        weights = engine.whole_weights()
     problem = ""
     if world.is_rank_zero:
         try:
             checkpoint, sha256 = checkpoints.write(f"step-{state.step}", weights, state.to_dict())
-            done = {"checkpoint": checkpoint, "best_checkpoint": checkpoints.best()}
-            Store(folder).write_json(DONE, done | {"weights_sha256": sha256, "step": state.step})
+            facts = {"checkpoint": checkpoint, "best_checkpoint": checkpoints.best()}
+            write_done(settings, {**facts, "weights_sha256": sha256, "step": state.step})
             logger.info("done: %s", checkpoint)
         except StoreError as error:
             problem = f"{error}. The last snapshot is there: the same command writes the checkpoint"
@@ -223,71 +267,6 @@ def run(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -
     if problem:
         raise StoreError(problem)
     return 0
-
-
-def describe(settings: PretrainSettings, model: BrainLM, world: World) -> dict[str, Any]:
-    """Return what the manifest says of model, machine and settings."""
-    return {
-        "git_commit": git_commit(),
-        "num_parameters": model.num_parameters,
-        "world_size": world.size,
-        "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
-        "deepspeed": deepspeed_dict(settings, world.size),
-        "config": to_tree(settings),
-    }
-
-
-def lock_folder(folder: Path) -> IO[str]:
-    """Keep other training runs out of a folder for as long as the returned file is open.
-
-    Raises
-    ------
-    ConfigError
-        If another process trains there.
-    """
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        raise ConfigError(
-            f"another process is training in {folder}: wait for it, end it, or choose another run.out"
-        ) from error
-    return file
-
-
-def write_run_files(settings: PretrainSettings, folder: Path, manifest: dict[str, Any]) -> None:
-    """Write config.yaml and manifest.json before step 0; those of a run that goes on stay as they are."""
-    if (folder / "manifest.json").is_file():
-        return
-    (folder / "config.yaml").write_text(to_yaml(settings))
-    temporary = folder / "manifest.json.tmp"
-    temporary.write_text(json.dumps(manifest, indent=1))
-    os.replace(temporary, folder / "manifest.json")
-
-
-def check_same_run(settings: PretrainSettings, data_hash: str, folder: Path) -> None:
-    """Raise `ConfigError` that lists what differs, if the folder belongs to a run with other settings or data."""
-    manifest = json.loads((folder / "manifest.json").read_text())
-    theirs, ours = _flat(manifest["config"]), _flat(to_tree(settings))
-    differs = [
-        f"  {key}: {theirs.get(key)!r} there, {ours.get(key)!r} here"
-        for key in sorted(theirs.keys() | ours.keys())
-        if key not in MAY_CHANGE and theirs.get(key) != ours.get(key)
-    ]
-    if manifest["data_hash"] != data_hash:
-        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {data_hash[:12]} here")
-    if differs:
-        raise ConfigError(
-            f"{folder} belongs to a run with other settings; choose another run.out, or remove it:\n"
-            + "\n".join(differs)
-        )
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix: tree}
-    return {k: v for name, sub in tree.items() for k, v in _flat(sub, f"{prefix}.{name}" if prefix else name).items()}
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class EngineSettings(Section):
     compile: bool = False
     """Compile the Transformer's blocks with torch.compile, at the first steps of every run: about a minute."""
     threads: int | None = None
-    """CPU threads per rank; null = cores / ranks."""
+    """CPU threads per rank; null = cores / ranks on the host."""
     timeout_s: float = 600.0
     """A rank that waits longer than this for another says for which, and ends with exit status 75. Reading from object
     storage is tried again for $BRAINLM_STORE_RETRY_S (300 s): leave more."""
@@ -172,7 +172,7 @@ class RunSettings(Section):
     out: str
     """Folder of this training run, on local disk: settings, metrics, TensorBoard."""
     storage: str | None = None
-    """URL of a folder for snapshots and checkpoints (s3://...); null = `out`."""
+    """URL of a folder for snapshots, checkpoints, and what the run is known by (s3://...); null = `out`."""
     steps: int | None = None
     """Updates; null = from `epochs`, or 1000."""
     epochs: float | None = None

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from brainlm.errors import TrainingError
 from brainlm.world import World
 
 logger = logging.getLogger(__name__)
@@ -25,6 +26,17 @@ EXIT_STATUS = 75  # "temporary failure": the same command goes on from the newes
 PARTS = 10  # of the time allowed: how often a rank tells of itself
 MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
 ANSWER_WITHIN_S = 5.0
+
+
+class LostRankError(TrainingError):
+    """Another rank is gone; the same command goes on from the newest snapshot."""
+
+
+def is_of_a_link(error: RuntimeError) -> bool:
+    """Whether torch says by this error that a connection to another rank is gone; gloo's have no type of their own."""
+    from torch.distributed import DistError
+
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 class Watchdog:
@@ -44,8 +56,9 @@ class Watchdog:
         self._num_beats, self._beat_s = 0, time.monotonic()
         self._stopped = threading.Event()
         self._store = self._connect(from_rank_zero)
+        self._tell()  # before anything can happen to this process
         # A store that does not answer holds whoever asks: who decides must not ask.
-        for work in (self._tell, self._watch):
+        for work in (self._keep_telling, self._watch):
             threading.Thread(target=work, name="brainlm-watchdog", daemon=True).start()
 
     def beat(self) -> None:
@@ -56,13 +69,19 @@ class Watchdog:
     def close(self) -> None:
         self._stopped.set()
 
+    def who_is_lost(self, error: Exception) -> str:
+        """Say which ranks are silent, now that a connection is gone; it takes twice the time in which each tells."""
+        reason = str(error).splitlines()[0]
+        return f"rank {self._world.rank} cannot go on: {self._find_out()} ({reason}). See what was said there"
+
     def _connect(self, from_rank_zero: Callable[[Any], Any]) -> Any:
         from torch.distributed import TCPStore
 
         wait = datetime.timedelta(seconds=max(self._pause_s, 1.0))
-        host = os.environ.get("MASTER_ADDR", "127.0.0.1")
 
         def store(port: int, *, is_master: bool) -> Any:
+            # Rank zero speaks to its own store, whatever becomes of its link to the others.
+            host = "127.0.0.1" if is_master else os.environ.get("MASTER_ADDR", "127.0.0.1")
             return TCPStore(host, port, None, is_master, timeout=wait, wait_for_workers=False)
 
         ours = store(0, is_master=True) if self._world.is_rank_zero else None
@@ -70,11 +89,14 @@ class Watchdog:
         return ours if ours is not None else store(port, is_master=False)
 
     def _tell(self) -> None:
+        try:
+            self._store.set(f"rank-{self._world.rank}", json.dumps(self._status()))
+        except RuntimeError as error:  # rank zero is gone: the time that is over decides
+            logger.debug("%s", error)
+
+    def _keep_telling(self) -> None:
         while not self._stopped.wait(self._pause_s):
-            try:
-                self._store.set(f"rank-{self._world.rank}", json.dumps(self._status()))
-            except RuntimeError as error:  # rank zero is gone: the time that is over decides
-                logger.debug("%s", error)
+            self._tell()
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._pause_s):
@@ -99,11 +121,16 @@ class Watchdog:
         """Say which ranks are silent, or have come on less far than this one."""
         others = [rank for rank in range(self._world.size) if rank != self._world.rank]
         try:
+            never = [
+                f"rank {rank} has never told of itself" for rank in others if not self._store.check([f"rank-{rank}"])
+            ]
+            if never:
+                return "; ".join(never)
             before = {rank: json.loads(self._store.get(f"rank-{rank}")) for rank in others}
             time.sleep(2 * self._pause_s)
             after = {rank: json.loads(self._store.get(f"rank-{rank}")) for rank in others}
         except RuntimeError:  # of torch's store: a timeout, or a connection that is gone
-            return "rank 0 does not answer, or a rank has never told of itself"
+            return "rank 0 does not answer"
         names = {rank: f"rank {rank} on {told['host']} (process {told['pid']})" for rank, told in before.items()}
         silent = [f"{names[rank]} is silent" for rank in others if before[rank]["told_s"] == after[rank]["told_s"]]
         behind = [f"{names[rank]} is behind" for rank in others if after[rank]["beats"] < self._num_beats]

@@ -17,7 +17,7 @@ import yaml
 from brainlm.checkpoint import seen_subjects
 from brainlm.model import BrainLM
 from tests.train.conftest import command, environment, metrics, run, weights
-from train.pretrain import lock_folder
+from train.run_files import lock_folder
 
 Config = Callable[[Path], Path]
 
