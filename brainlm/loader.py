@@ -6,12 +6,8 @@ A batch is a pure function of (data set, settings, step): no state, no workers' 
 
 from __future__ import annotations
 
-import queue
-import threading
-import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import TypeVar
 
@@ -25,12 +21,13 @@ from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.masking import MaskKind, make_mask, mask_generator
 from brainlm.ordering import rank_part, window_order
+from brainlm.read_ahead import read_ahead
 from brainlm.scaling import recording_mean
 from brainlm.shards import SplitReader
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows, sample_hidden
+from brainlm.windows import Windows, own_positions
 
 T = TypeVar("T")
-CLOSE_WITHIN_S = 1.0  # then a read that hangs is left behind, in a thread that does not keep the process alive
 _RATIO, _TOKENS, _DECODED = 1, 2, 3  # separate random streams
 
 
@@ -65,7 +62,8 @@ class WindowBatch:
     ``windows (B, P, W)`` float32 in contract units; ``mask (B, L)`` True = hidden; ``present (B, P)``;
     ``ids_decoded (B, Q)`` or None = all hidden tokens; ``kept (B, W)`` False = censored timepoint. Visible values at
     censored timepoints are interpolated between visible kept ones; hidden ones are as stored, and are not to be scored.
-    ``groups (G, g)``: parcels that share tokens, -1 = padding; None = one parcel a token.
+    ``groups (G, g)``: parcels that share tokens, -1 = padding; None = one parcel a token. ``coords_mm (P, 3)`` and
+    ``tr_s (B,)``, in seconds: of the windows; None = those of the model's contract.
     """
 
     windows: Tensor
@@ -74,6 +72,15 @@ class WindowBatch:
     ids_decoded: Tensor | None
     kept: Tensor
     groups: Tensor | None = None
+    coords_mm: Tensor | None = None
+    tr_s: Tensor | None = None
+
+    def as_windows(self) -> Windows:
+        """Return what a model is fed, to be taken as it is."""
+        return Windows(
+            values=self.windows, present=self.present, kept=self.kept, coords_mm=self.coords_mm, tr_s=self.tr_s,
+            as_is=True,
+        )  # fmt: skip
 
     @property
     def num_scored_values(self) -> int:
@@ -89,7 +96,7 @@ class WindowBatch:
     def to(self, device: torch.device) -> WindowBatch:
         if device.type == "cpu":
             return self
-        tensors = (self.windows, self.mask, self.present, self.ids_decoded, self.kept, self.groups)
+        tensors = (getattr(self, field.name) for field in fields(self))
         return WindowBatch(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
@@ -110,6 +117,9 @@ class WindowLoader:
         Windows drawn from each recording per epoch.
     patch_parcels : int
         Parcels in a token of the model.
+    model_contract : InputContract, optional
+        Of the model, where it is another one: windows then carry coordinates and TR if they differ from its own.
+        None = `contract`.
     """
 
     def __init__(
@@ -125,6 +135,7 @@ class WindowLoader:
         world_size: int = 1,
         micro_batches: int = 1,
         patch_parcels: int = 1,
+        model_contract: InputContract | None = None,
     ) -> None:
         if batch_size % (world_size * micro_batches):
             raise ConfigError(
@@ -146,8 +157,8 @@ class WindowLoader:
             raise DataError(
                 f"recordings of {reader.entries[0].num_parcels} parcels, the contract has {contract.atlas.num_parcels}"
             )
-        self._usable = contract.usable
         coords_mm = torch.from_numpy(contract.atlas.coords_mm.copy())
+        self._coords_mm, self._tr_s, self._usable = own_positions(contract, model_contract)
         self._groups = parcel_groups(coords_mm, patch_parcels) if patch_parcels > 1 else None
         iqr = np.where(self._usable, contract.iqr, 1.0).astype(np.float32)
         self._median, self._iqr = torch.from_numpy(contract.median.copy()), torch.from_numpy(iqr)
@@ -205,6 +216,8 @@ class WindowLoader:
             ids_decoded=torch.stack(decoded) if decoded else None,
             kept=torch.stack(kepts),
             groups=self._groups,
+            coords_mm=self._coords_mm,
+            tr_s=None if self._tr_s is None else torch.full((len(windows),), self._tr_s),
         )
 
     def windows(self, rows: np.ndarray) -> Tensor:
@@ -226,35 +239,10 @@ class WindowLoader:
 
         Time spent waiting for the thread is added to ``data_wait_s``.
         """
-        ahead: queue.Queue[list[WindowBatch] | BaseException] = queue.Queue(maxsize=prefetch)
-        stopped = threading.Event()
+        return read_ahead(self.batches_at, first_step, last_step, self._waited, prefetch)
 
-        def read() -> None:
-            try:
-                for step in range(first_step, last_step):
-                    if stopped.is_set():
-                        return
-                    ahead.put(self.batches_at(step))
-            except BaseException as error:  # handed to the consumer, which raises it
-                ahead.put(error)
-
-        thread = threading.Thread(target=read, name="brainlm-loader", daemon=True)
-        thread.start()
-        try:
-            for _ in range(first_step, last_step):
-                started = time.perf_counter()
-                item = ahead.get()
-                self.data_wait_s += time.perf_counter() - started
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            stopped.set()
-            deadline = time.monotonic() + CLOSE_WITHIN_S
-            while thread.is_alive() and time.monotonic() < deadline:  # a full queue must not hold it
-                with suppress(queue.Empty):
-                    ahead.get_nowait()
-                thread.join(timeout=0.01)
+    def _waited(self, seconds: float) -> None:
+        self.data_wait_s += seconds
 
 
 def _draw(choices: Sequence[T], generator: torch.Generator) -> T:

@@ -128,10 +128,11 @@ class BrainLM(nn.Module):
     """Masked autoencoder of brain activity.
 
     Wherever a method takes ``windows``, these are `Windows`, or a tensor or ndarray of values (B, P, W) or (P, W) in
-    contract units, for which `present_BP` and `kept_BW` may be given beside it. A tensor is taken as it is, as training
-    feeds it. All others are moved to the weights' device and shown as they look under the mask: visible values at
-    censored timepoints are interpolated anew, between values that are visible and kept, and parcels with visible values
-    that are not finite count as missing. Masks are bool, or 0 and 1: True = hidden.
+    contract units, for which `present_BP` and `kept_BW` may be given beside it. A tensor is taken as it is, and so are
+    `Windows` that say so (`as_is`), as training feeds them. All others are moved to the weights' device and shown as
+    they look under the mask: visible values at censored timepoints are interpolated anew, between values that are
+    visible and kept, and parcels with visible values that are not finite count as missing. Masks are bool, or 0 and 1:
+    True = hidden.
 
     Parameters
     ----------
@@ -337,7 +338,8 @@ class BrainLM(nn.Module):
             If the mask does not fit the windows, or holds other values than True and False.
         """
         found = as_windows(windows, present_BP, kept_BW)
-        if not isinstance(windows, Tensor):
+        as_is = isinstance(windows, Tensor) or found.as_is
+        if not as_is:
             found = found.to(self.patch_embed.weight.device)
         grid = self.token_grid(found)
         if mask_BL is None:
@@ -348,7 +350,7 @@ class BrainLM(nn.Module):
                 mask_BL = mask_BL[None]
             if tuple(mask_BL.shape) != (size := (len(found), grid.num_tokens)):
                 raise DataError(f"mask of shape {tuple(mask_BL.shape)}, these windows have tokens of shape {size}")
-        if not isinstance(windows, Tensor):
+        if not as_is:
             hidden_BPW = grid.hidden_values(mask_BL)
             if not bool(found.values.isfinite().all()):
                 ignored = hidden_BPW | ~found.kept[:, None, :]

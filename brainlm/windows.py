@@ -43,6 +43,9 @@ class Windows:
         Seconds between timepoints; None = the TR of the model's contract.
     starts : tuple of int
         First timepoint of each window in its recording, where known.
+    as_is : bool
+        The values are already as they look under the mask that comes with them, as those of `brainlm.loader`: a model
+        takes them so.
     """
 
     values: Tensor
@@ -51,6 +54,7 @@ class Windows:
     coords_mm: Tensor | None = None
     tr_s: Tensor | None = None
     starts: tuple[int, ...] = ()
+    as_is: bool = False
 
     def __post_init__(self) -> None:
         if self.values.ndim != 3:
@@ -130,6 +134,27 @@ class Windows:
             tr_s=None if self.tr_s is None else self.tr_s[rows],
             starts=self.starts[rows],
         )
+
+
+def own_positions(
+    contract: InputContract, model_contract: InputContract | None
+) -> tuple[Tensor | None, float | None, NDArray[np.bool_]]:
+    """Return what windows of one contract must bring to a model of another.
+
+    Returns
+    -------
+    coords_mm : Tensor, shape (P, 3), or None
+        None = the parcels are the model's.
+    tr_s : float or None
+        None = the TR is the model's.
+    usable : ndarray, shape (P,), bool
+        Parcels that carry signal; where they are the model's, in both.
+    """
+    model_contract = contract if model_contract is None else model_contract
+    tr_s = contract.tr_s if abs(contract.tr_s - model_contract.tr_s) > TR_TOLERANCE_S else None
+    if contract.atlas.differences(model_contract.atlas):
+        return torch.from_numpy(contract.atlas.coords_mm.copy()), tr_s, contract.usable
+    return None, tr_s, contract.usable & model_contract.usable
 
 
 def as_windows(

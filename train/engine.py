@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from brainlm.errors import ConfigError
+from brainlm.loader import WindowBatch
 from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
@@ -40,7 +41,11 @@ def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.optimizer.clip_grad_norm,
         "bf16": {"enabled": settings.engine.precision == "bf16"},
-        "zero_optimization": {"stage": settings.engine.zero_stage},
+        "zero_optimization": {
+            "stage": settings.engine.zero_stage,
+            **({"offload_optimizer": {"device": "cpu"}} if settings.engine.offload_optimizer else {}),
+        },
+        "zero_force_ds_cpu_optimizer": False,  # ours is torch's, there too
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -79,6 +84,9 @@ class Engine:
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
             )
         model.recompute_activations = settings.engine.activation_checkpointing
+        if settings.engine.compile:
+            for block in (*model.encoder, *model.decoder):
+                block.compile(dynamic=True)  # the number of visible tokens changes from step to step
         self.world = world
         # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
@@ -103,11 +111,9 @@ class Engine:
         assert isinstance(model, BrainLM)
         return model
 
-    def forward(
-        self, windows: Tensor, mask: Tensor, present: Tensor, ids_decoded: Tensor | None, kept: Tensor | None
-    ) -> Loss:
+    def forward(self, batch: WindowBatch) -> Loss:
         self._beat()
-        loss = self._engine(windows, mask, present, ids_decoded, kept)
+        loss = self._engine(batch.as_windows(), batch.mask, ids_decoded=batch.ids_decoded)
         assert isinstance(loss, Loss)
         return loss
 

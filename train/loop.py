@@ -1,4 +1,4 @@
-"""The training loop: fetch, forward, backward, agree it is finite, update, log, validate, save."""
+"""The training loop: fetch, step, log, validate, save."""
 
 from __future__ import annotations
 
@@ -7,26 +7,27 @@ import math
 import time
 
 from brainlm.errors import TrainingError
-from brainlm.loader import WindowLoader
 from brainlm.presets import flops_per_window
 from brainlm.world import World
 from train.engine import Engine
-from train.held_out import HeldOut
+from train.held_out import HeldOut, score_all
 from train.interruption import Interruption
+from train.mix import Mix
+from train.not_finite import suspects
 from train.reporting import Reporter, peak_flops
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
-from train.snapshots import Snapshots
+from train.snapshots import PATIENCE_S, Snapshots
 from train.state import TrainState
+from train.step import Step, train_step
 
 logger = logging.getLogger(__name__)
-MAX_LISTED = 8
 
 
 def train(
     engine: Engine,
-    loader: WindowLoader,
-    held_out: HeldOut,
+    mix: Mix,
+    held_out: dict[str, HeldOut],
     state: TrainState,
     settings: PretrainSettings,
     snapshots: Snapshots,
@@ -61,35 +62,18 @@ def train(
     peak = peak_flops()
     since = _Since()
     engine.model.train()
-    for batches in loader.iterate(state.step, num_steps):
+    for batches in mix.iterate(state.step, num_steps):
         step_started = time.perf_counter()
-        (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
-        num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
         lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
-        engine.set_learning_rate(lr)
-        sums = [0.0, 0.0]
-        for number, cpu_batch in enumerate(batches):
-            batch = cpu_batch.to(engine.device)
-            kept = None if bool(cpu_batch.kept.all()) else batch.kept
-            loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded, kept)
-            sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
-            # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
-            scale = world.size * len(batches) / num_values
-            if number + 1 == len(batches):
-                squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
-                if not math.isfinite(squared):
-                    scale = math.nan  # so that the gradient is not finite either, and nothing is updated
-            engine.backward(loss.sum * scale)
-            engine.micro_step()
-        gradient_norm = engine.gradient_norm()  # the same on all ranks
-        if math.isfinite(gradient_norm):
-            since.add(squared / num_values, target / num_values)
+        step = train_step(engine, batches, lr)
+        if step.is_finite:
+            since.add(step)
         else:
             state.num_skipped += 1
-            what = "gradient" if math.isfinite(squared) else "loss"
+            what = "gradient" if math.isfinite(step.loss) else "loss"
             problem = (
-                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. Its windows "
-                f"(recording number, first timepoint): {loader.rows_at(state.step).tolist()[:MAX_LISTED]}"
+                f"the {what} of step {state.step + 1} is not finite: the weights were not changed by it. "
+                f"{suspects(mix, batches, state.step, engine.sum_over_ranks)}"
             )
             if state.num_skipped > run.max_skipped:
                 raise TrainingError(
@@ -109,24 +93,30 @@ def train(
                 "loss": since.mean_loss,
                 "train_r2": 1 - since.mean_loss / since.mean_target,
                 "lr": lr,
-                "grad_norm": gradient_norm,
+                "grad_norm": since.grad_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,
-                "data_wait": loader.data_wait_s / since.elapsed_s,
+                "data_wait": mix.data_wait_s / since.elapsed_s,
+                "save_wait": since.saving_s / (since.saving_s + since.elapsed_s),
                 "seconds_trained": state.seconds_trained,
                 "num_skipped": state.num_skipped,
             }
             if peak is not None:
                 metrics["mfu"] = rate * mean_flops / (peak * world.size)
-            loader.data_wait_s = 0.0
+            mix.data_wait_s = 0.0
             since = _Since()
+        is_best = False
         if state.step % settings.validation.every == 0 or last:  # all ranks
             started = time.perf_counter()
-            scores = held_out.score(engine)
+            scores = score_all(held_out, engine)
             metrics |= scores
             state.val_r2 = scores["val_r2"]
-            state.best_val_r2 = max(state.val_r2, -math.inf if state.best_val_r2 is None else state.best_val_r2)
+            is_best = state.best_val_r2 is None or state.val_r2 > state.best_val_r2
+            state.best_val_r2 = state.val_r2 if is_best else state.best_val_r2
+            if reporter is not None:  # rank zero
+                for name, part in held_out.items():
+                    reporter.picture(state.step, name, part.example)
             since.paused_s += time.perf_counter() - started
         if reporter is not None and metrics:  # rank zero
             reporter.log(state.step, metrics)
@@ -134,13 +124,18 @@ def train(
             interruption.request(f"run.max_hours={run.max_hours:g} is over")
         interruption.look_for_launcher()
         stopping = engine.sum_over_ranks([float(interruption.requested)])[0] > 0  # all ranks stop together
-        if state.step % run.snapshot_every == 0 or last or stopping:  # all ranks
+        saving = state.step % run.snapshot_every == 0 or last or stopping
+        if saving or (is_best and run.keep_best):  # all ranks
             started = time.perf_counter()
-            if problem := snapshots.begin(state):
+            patience_s = math.inf if last or stopping else PATIENCE_S
+            best = is_best and run.keep_best
+            if problem := snapshots.begin(state, snapshot=saving, best=best, patience_s=patience_s):
                 logger.warning("%s; training goes on", problem)
             if (last or stopping) and (problem := snapshots.wait()):
-                raise TrainingError(f"{problem}. Nothing after the snapshot before it is kept")
-            since.paused_s += time.perf_counter() - started
+                raise TrainingError(
+                    f"{problem}. See to it and give the same command again: it goes on from the newest snapshot"
+                )
+            since.add_saving(time.perf_counter() - started)
         if stopping and not last:
             return False
     return True
@@ -151,14 +146,20 @@ class _Since:
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
-        self.paused_s = 0.0
+        self.paused_s = self.saving_s = 0.0  # the second is part of the first
         self.num_steps = 0
+        self.grad_norm = 0.0  # of the newest step that was not left out
         self._loss = self._target = 0.0
 
-    def add(self, loss: float, target: float) -> None:
+    def add(self, step: Step) -> None:
         self.num_steps += 1
-        self._loss += loss
-        self._target += target
+        self.grad_norm = step.gradient_norm
+        self._loss += step.loss
+        self._target += step.target
+
+    def add_saving(self, seconds: float) -> None:
+        self.saving_s += seconds
+        self.paused_s += seconds
 
     @property
     def elapsed_s(self) -> float:

@@ -12,6 +12,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,22 +21,32 @@ import numpy as np
 import torch
 
 from brainlm.atlas import Atlas
-from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config, parse_entry_args, to_yaml
-from brainlm.dataset import Dataset, open_dataset
-from brainlm.errors import BrainLMError, ConfigError, DataError, StoreError
+from brainlm.dataset import Dataset
+from brainlm.errors import BrainLMError, DataError, StoreError
 from brainlm.input_contract import InputContract
-from brainlm.loader import WindowLoader
 from brainlm.model import BrainLM, ModelConfig
 from brainlm.presets import flops_per_window
 from brainlm.store import Store
 from brainlm.world import World, read_world
+from train.checkpoints import Checkpoints
+from train.combinations import check_combination
+from train.data import (
+    build_held_out,
+    build_mix,
+    check_parcels,
+    data_hash,
+    describe_data,
+    open_datasets,
+    train_subjects,
+)
 from train.engine import Engine
 from train.first_weights import FirstWeights, first_weights, load_source
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.launcher import Launcher
 from train.loop import train
+from train.mix import Mix
 from train.precision import resolve_precision
 from train.reporting import Reporter
 from train.run_files import (
@@ -47,7 +58,7 @@ from train.run_files import (
     write_done,
     write_run_files,
 )
-from train.settings import PretrainSettings, check_settings, micro_batches, num_steps
+from train.settings import PretrainSettings, check_settings, num_steps
 from train.snapshots import Snapshots, resume_newest
 from train.start_up import StartUp
 from train.state import TrainState
@@ -72,8 +83,8 @@ def main(argv: list[str] | None = None) -> int:
         start = StartUp(world)
         with start.together():
             settings = load_settings(args.config, args.overrides, world)
-            dataset = open_dataset(settings.data.dataset)
-        return run(settings, dataset, world, start, launcher)
+            datasets = open_datasets(settings)
+        return run(settings, datasets, world, start, launcher)
     except LostRankError as error:
         logger.error("%s", error)
         return EXIT_STATUS
@@ -83,23 +94,26 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_settings(path: str, overrides: list[str], world: World) -> PretrainSettings:
+    """Read and check the settings, which fit each other and the number of ranks."""
     settings = resolve_precision(load_config(PretrainSettings, path, overrides))
     check_settings(settings, world.size)
+    check_combination(settings.engine)
     return settings
 
 
 def plan(settings: PretrainSettings, world: World) -> str:
     """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
     config = settings.model.resolved if settings.init_from is None else load_source(settings).config
-    dataset: Dataset | None = None
+    datasets: list[Dataset] = []
     try:
-        dataset = open_dataset(settings.data.dataset)
+        datasets = open_datasets(settings)
     except (DataError, StoreError) as error:
         contract = blank_contract(DEFAULT_NUM_PARCELS, config)
         data = f"not there yet, {DEFAULT_NUM_PARCELS} parcels assumed ({error})"
     else:
-        contract = dataset.contract
-        data = f"{dataset.name}, content {dataset.content_hash[:12]}"
+        check_parcels(datasets, config)
+        contract = datasets[0].contract
+        data = "; ".join(f"{dataset.name}, content {dataset.content_hash[:12]}" for dataset in datasets)
     with torch.device("meta"):  # sizes alone, whatever they are
         model = BrainLM(config, contract)
     tokens = model.num_rows * config.num_patches
@@ -116,18 +130,18 @@ def plan(settings: PretrainSettings, world: World) -> str:
         f"tokens per window     {tokens:,} ({grid})",
         f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
-        f"windows in the run    {_windows_in_run(settings, dataset)}",
+        f"windows in the run    {_windows_in_run(settings, datasets)}",
         f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
         f"data set              {data}",
     ]
     return "\n".join(lines)
 
 
-def _windows_in_run(settings: PretrainSettings, dataset: Dataset | None) -> str:
+def _windows_in_run(settings: PretrainSettings, datasets: Sequence[Dataset]) -> str:
     data = settings.data
-    if dataset is None and settings.run.epochs is not None:
+    if not datasets and settings.run.epochs is not None:
         return f"{settings.run.epochs:g} epochs"
-    per_epoch = 0 if dataset is None else len(dataset.split("train")) * data.windows_per_recording // data.batch_size
+    per_epoch = sum(len(d.split("train")) * data.windows_per_recording // data.batch_size for d in datasets)
     steps = num_steps(settings, per_epoch)
     return f"{steps * data.batch_size:,} in {steps:,} steps"
 
@@ -153,58 +167,48 @@ class Parts:
     """What each rank builds by itself before training."""
 
     first: FirstWeights
-    loader: WindowLoader
-    held_out: HeldOut
+    mix: Mix
+    held_out: dict[str, HeldOut]
     num_steps: int
     manifest: dict[str, Any]
-    train_subjects: list[str]
 
 
-def build(settings: PretrainSettings, dataset: Dataset, world: World) -> Parts:
+def build(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -> Parts:
     """Build the model, what feeds it and what scores it, and describe them."""
-    first = first_weights(settings, dataset)
-    model, contract = first.model, first.model.contract
-    reader, validation = dataset.split("train"), dataset.split("val")
-    for split, part in (("train", reader), ("val", validation)):
-        if len(part) == 0:
-            raise ConfigError(f"{dataset.store.url}: the {split} split is empty; prepare with other split fractions")
-    loader = WindowLoader(
-        reader,
-        contract,
-        settings.masks,
-        batch_size=settings.data.batch_size,
-        windows_per_recording=settings.data.windows_per_recording,
-        seed=settings.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        micro_batches=micro_batches(settings, world.size),
-        patch_parcels=model.config.patch_parcels,
-    )
-    steps = num_steps(settings, loader.steps_per_epoch)
-    held_out = HeldOut(validation, contract, settings.validation, model.config.patch_parcels)
+    first = first_weights(settings, datasets[0])
+    model = first.model
+    check_parcels(datasets, model.config)
+    mix = build_mix(datasets, model, settings, world)
+    steps = num_steps(settings, mix.steps_per_epoch)
+    held_out = build_held_out(datasets, model, settings)
     logger.info(
         "%s parameters; %d recordings to train on, %d windows to validate on; %d steps of %d windows on %d rank(s)",
-        f"{model.num_parameters:,}", len(reader), len(held_out.windows), steps,
-        settings.data.batch_size, world.size,
+        f"{model.num_parameters:,}", sum(len(loader.reader) for loader in mix.loaders),
+        sum(len(part.windows) for part in held_out.values()), steps, settings.data.batch_size, world.size,
     )  # fmt: skip
-    manifest = describe(settings, dataset, model, world) | {
-        **first.facts,
-        "num_steps": steps,
-        "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
-        "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
-    }
-    subjects = sorted({entry.subject for entry in reader.entries})
-    return Parts(first, loader, held_out, steps, manifest, subjects)
+    manifest = (
+        describe(settings, model, world)
+        | describe_data(datasets, mix)
+        | {
+            **first.facts,
+            "num_steps": steps,
+            "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
+            "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
+        }
+    )
+    return Parts(first, mix, held_out, steps, manifest)
 
 
-def run(settings: PretrainSettings, dataset: Dataset, world: World, start: StartUp, launcher: Launcher) -> int:
+def run(
+    settings: PretrainSettings, datasets: Sequence[Dataset], world: World, start: StartUp, launcher: Launcher
+) -> int:
     """Train, or go on training, and export the checkpoint. All ranks take part."""
     folder = Path(settings.run.out)
     start.patience_s = max(start.patience_s, settings.engine.timeout_s)
     done = None
     with start.together():
         if world.is_rank_zero:
-            check_same_run(settings, dataset)
+            check_same_run(settings, data_hash(datasets))
             done = read_done(settings)
     if done := start.from_rank_zero(done):
         logger.info("this run is done: %s", done["checkpoint"])
@@ -212,29 +216,32 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World, start: Start
     torch.set_num_threads(settings.engine.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
 
     with start.together():
-        parts = build(settings, dataset, world)
+        parts = build(settings, datasets, world)
     told = start.gather((socket.gethostname(), parts.manifest))
     with start.together():
         check_same_on_all_ranks(told)
         if world.is_rank_zero:
             lock = lock_folder(folder)  # held until this process ends
             write_run_files(settings, parts.manifest)
-    model, steps = parts.first.model, parts.num_steps
+    first, model, steps = parts.first, parts.first.model, parts.num_steps
     engine = Engine(settings, model, world)
     engine.barrier()
 
-    store = Store(f"{settings.run.storage or settings.run.out}/snapshots")
-    state = resume_newest(engine, store)
+    store = Store(settings.run.storage or settings.run.out)
+    checkpoints = Checkpoints(store.sub("checkpoints"), model, parts.manifest, train_subjects(datasets), first.earlier)
+    state = resume_newest(engine, store.sub("snapshots"))
     if state is not None:
         logger.info("resumed after step %d", state.step)
+        if settings.run.keep_best and engine.from_rank_zero(world.is_rank_zero and checkpoints.best() is None):
+            state.best_val_r2 = None  # it was not kept: the next score is the best one that can be
     state = state or TrainState()
-    snapshots = Snapshots(engine, store, settings.run.keep_snapshots)
+    snapshots = Snapshots(engine, store.sub("snapshots"), settings.run.keep_snapshots, checkpoints)
     interruption = Interruption(launcher).install()
     reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
     try:
         with engine.naming_the_lost():
             finished = train(
-                engine, parts.loader, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
+                engine, parts.mix, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
             )
     finally:
         snapshots.close()
@@ -247,20 +254,20 @@ def run(settings: PretrainSettings, dataset: Dataset, world: World, start: Start
 
     with engine.naming_the_lost():
         weights = engine.whole_weights()
+    problem = ""
     if world.is_rank_zero:
-        checkpoint = f"{settings.run.storage or settings.run.out}/checkpoints/step-{state.step}"
-        manifest = parts.manifest | {
-            "step": state.step,
-            "windows_seen": state.windows_seen,
-            "val_r2": state.val_r2,
-            "best_val_r2": state.best_val_r2,
-        }
-        sha256 = save_checkpoint(checkpoint, model, manifest, parts.train_subjects, weights, parts.first.earlier)
-        write_done(settings, {"checkpoint": checkpoint, "weights_sha256": sha256, "step": state.step})
-        logger.info("done: %s", checkpoint)
+        try:
+            checkpoint, sha256 = checkpoints.write(f"step-{state.step}", weights, state.to_dict())
+            done = {"checkpoint": checkpoint, "best_checkpoint": checkpoints.best()}
+            write_done(settings, done | {"weights_sha256": sha256, "step": state.step})
+            logger.info("done: %s", checkpoint)
+        except StoreError as error:
+            problem = f"{error}. The last snapshot is there: the same command writes the checkpoint"
         lock.close()
-    engine.barrier()
+    problem = engine.from_rank_zero(problem)
     engine.close()
+    if problem:
+        raise StoreError(problem)
     return 0
 
 

@@ -6,9 +6,13 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from train.pictures import Example, draw_example
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +33,8 @@ def peak_flops() -> float | None:
 class Reporter:
     """Writes metrics as they come. Use as a context manager.
 
+    What cannot be written, because the disk is full, is said once and costs no training.
+
     Parameters
     ----------
     folder : Path
@@ -40,13 +46,14 @@ class Reporter:
     """
 
     def __init__(self, folder: Path, num_steps: int, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.num_steps, self.first_step = num_steps, first_step
         self.path = folder / "metrics.jsonl"
+        self._failed: set[str] = set()
         self._drop_after(first_step)
-        self._file = self.path.open("a")
-        self._board = SummaryWriter(str(folder), purge_step=first_step)
+        self._file = self.path.open("ab", buffering=0)
+        self._unwritten = b""
+        self._board: Any = None
+        self._attempt("TensorBoard's file", lambda: self._open_board(folder))
         self._started = time.perf_counter()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -54,19 +61,44 @@ class Reporter:
 
             self._bar = tqdm(total=num_steps, initial=first_step, unit="step", smoothing=0.1)
 
+    def _open_board(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._board = SummaryWriter(str(folder), purge_step=self.first_step)
+
     def _drop_after(self, step: int) -> None:
-        """Remove lines that a killed run wrote after the snapshot from which this one resumes."""
-        if self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            self.path.write_text("".join(f"{line}\n" for line in kept))
+        """Cut off the lines that a killed run wrote after the snapshot from which this one resumes.
+
+        Cutting needs no space, and there is no moment at which the lines before are not there.
+        """
+        if not self.path.exists():
+            return
+        kept = 0
+        with self.path.open("r+b") as file:
+            for line in file:
+                if not line.endswith(b"}\n") or json.loads(line)["step"] > step:
+                    break
+                kept += len(line)
+            file.truncate(kept)
+
+    def _attempt(self, what: str, write: Callable[[], object]) -> None:
+        try:
+            write()
+        except OSError as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                logger.warning("%s cannot be written: %s; training goes on", what, error)
+
+    def _write_lines(self) -> None:
+        while self._unwritten:  # also what could not be written before
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def log(self, step: int, metrics: dict[str, float]) -> None:
         """Record metrics of a step (updates done)."""
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self._file.flush()
-        for name, value in metrics.items():
-            self._board.add_scalar(name, value, step)
+        self._unwritten += f"{json.dumps({'step': step, **metrics})}\n".encode()
+        self._attempt(str(self.path), self._write_lines)
+        for name, value in metrics.items() if self._board is not None else ():
+            self._attempt("TensorBoard's file", partial(self._board.add_scalar, name, value, step))
         shown = {k: metrics[k] for k in ("loss", "val_r2", "windows_per_s") if k in metrics}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
@@ -77,6 +109,11 @@ class Reporter:
             left_s = (time.perf_counter() - self._started) / done * (self.num_steps - step)
             logger.info("step %d/%d  %s  %d s left", step, self.num_steps, text, left_s)
 
+    def picture(self, step: int, name: str, example: Example | None) -> None:
+        """Show one validation window of a data set, as measured and as rebuilt."""
+        if example is not None:
+            self._board.add_figure(f"reconstruction/{name}", draw_example(example), step)
+
     def __enter__(self) -> Reporter:
         return self
 
@@ -84,6 +121,7 @@ class Reporter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._attempt("TensorBoard's file", self._board.close)
         if self._bar is not None:
             self._bar.close()

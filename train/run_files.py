@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from brainlm.config import to_tree, to_yaml
-from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError
 from brainlm.model import BrainLM
 from brainlm.provenance import git_commit, versions
@@ -25,19 +24,18 @@ CONFIG, MANIFEST, DONE = "config.yaml", "manifest.json", "done.json"
 # Settings that a run may go on with changed: they touch the weights by rounding at most.
 MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
+    "run.keep_best",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
-    "engine.activation_checkpointing",
+    "engine.activation_checkpointing", "engine.offload_optimizer", "engine.compile",
 }  # fmt: skip
 # What hosts may differ in: where they keep their metrics, and what reads no tensor of another rank.
 MAY_DIFFER = {"config.run.out", "versions.python", "versions.brainlm", "versions.safetensors"}
 
 
-def describe(settings: PretrainSettings, dataset: Dataset, model: BrainLM, world: World) -> dict[str, Any]:
-    """Return the manifest: where this run's numbers come from. No subject ids."""
+def describe(settings: PretrainSettings, model: BrainLM, world: World) -> dict[str, Any]:
+    """Return what the manifest says of model, machine and settings."""
     return {
         "git_commit": git_commit(),
-        "dataset": dataset.name,
-        "data_hash": dataset.content_hash,
         "num_parameters": model.num_parameters,
         "world_size": world.size,
         "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
@@ -115,14 +113,14 @@ def write_run_files(settings: PretrainSettings, manifest: dict[str, Any]) -> Non
             place.write_bytes(MANIFEST, first.get(MANIFEST) or json.dumps(manifest, indent=1).encode())
 
 
-def check_same_run(settings: PretrainSettings, dataset: Dataset) -> None:
+def check_same_run(settings: PretrainSettings, data_hash: str) -> None:
     """Raise `ConfigError` that lists what differs, if a run with other settings or data is there."""
     for place in places(settings):
         if place.exists(MANIFEST):
-            _check_same_run(settings, dataset, place)
+            _check_same_run(settings, data_hash, place)
 
 
-def _check_same_run(settings: PretrainSettings, dataset: Dataset, place: Store) -> None:
+def _check_same_run(settings: PretrainSettings, data_hash: str, place: Store) -> None:
     manifest = place.read_json(MANIFEST)
     theirs, ours = flat(manifest["config"]), flat(to_tree(settings))
     differs = [
@@ -130,8 +128,8 @@ def _check_same_run(settings: PretrainSettings, dataset: Dataset, place: Store) 
         for key in sorted(theirs.keys() | ours.keys())
         if key not in MAY_CHANGE and theirs.get(key) != ours.get(key)
     ]
-    if manifest["data_hash"] != dataset.content_hash:
-        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {dataset.content_hash[:12]} here")
+    if manifest["data_hash"] != data_hash:
+        differs.append(f"  data set content: {manifest['data_hash'][:12]} there, {data_hash[:12]} here")
     if differs:
         key = "run.out" if place.url == str(Store(settings.run.out).url) else "run.storage"
         raise ConfigError(

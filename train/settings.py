@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -46,8 +47,11 @@ class ModelChoice(Section):
 class DataSettings(Section):
     """What is trained on."""
 
-    dataset: str
-    """URL of a prepared data set; its train split is trained on, its val split validates."""
+    dataset: str | tuple[str, ...]
+    """URL of a prepared data set; its train split is trained on, its val split validates. Or several: all windows of a
+    step are of one, and the checkpoint's contract is that of the first."""
+    weights: tuple[float, ...] | None = None
+    """Relative numbers of steps of several data sets; null = in proportion to their recordings."""
     batch_size: int = 64
     """Windows per step over all ranks."""
     micro_batch_size: int | None = None
@@ -60,6 +64,19 @@ class DataSettings(Section):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"data.{name}: expected at least 1, found {value}")
+        if not self.datasets or not all(self.datasets):
+            raise ConfigError("data.dataset: expected the URL of at least one data set")
+        if self.weights is not None:
+            if len(self.weights) != len(self.datasets):
+                raise ConfigError(
+                    f"data.weights: expected one for each of {len(self.datasets)} data sets, found {len(self.weights)}"
+                )
+            if not all(weight > 0 and math.isfinite(weight) for weight in self.weights):
+                raise ConfigError(f"data.weights: expected numbers above 0, found {list(self.weights)}")
+
+    @property
+    def datasets(self) -> tuple[str, ...]:
+        return (self.dataset,) if isinstance(self.dataset, str) else self.dataset
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +144,10 @@ class EngineSettings(Section):
     zero_stage: Literal[0, 1, 2, 3] = 1
     activation_checkpointing: bool = False
     """Compute activations again for the gradient instead of keeping them: less memory, about a third more time."""
+    offload_optimizer: bool = False
+    """Keep the optimizer state in the machine's memory instead of the GPU's, and update the weights there."""
+    compile: bool = False
+    """Compile the Transformer's blocks with torch.compile, at the first steps of every run: about a minute."""
     threads: int | None = None
     """CPU threads per rank; null = cores / ranks on the host."""
     timeout_s: float = 600.0
@@ -165,6 +186,8 @@ class RunSettings(Section):
     snapshot_every: int = 500
     keep_snapshots: int = 2
     """Older ones are removed once a newer one is complete."""
+    keep_best: bool = True
+    """Also keep a checkpoint of the best validation score so far."""
 
     def __post_init__(self) -> None:
         if self.steps is not None and self.epochs is not None:
@@ -246,10 +269,5 @@ def check_settings(settings: PretrainSettings, world_size: int) -> None:
     """Check relations between sections; change nothing."""
     settings.model.resolved  # noqa: B018 - raises if the sizes contradict each other
     micro_batches(settings, world_size)
-    if settings.engine.precision == "bf16" and settings.engine.zero_stage == 0:
-        raise ConfigError(
-            "engine.precision=bf16 needs engine.zero_stage of 1 or more: at stage 0 DeepSpeed's first update is not "
-            "the one that was asked for. Stage 1 costs nothing more on one rank"
-        )
     if not 0 < settings.validation.mask_ratio < 1 or settings.validation.every < 1:
         raise ConfigError("validation: mask_ratio must be between 0 and 1 and every at least 1")

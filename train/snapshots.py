@@ -15,13 +15,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
+import time
+from contextlib import suppress
 from typing import Any
 
 from torch import Tensor
 
 from brainlm.errors import CheckpointError, StoreError
 from brainlm.store import Store
+from train.checkpoints import Checkpoints
 from train.engine import Engine
 from train.state import TrainState
 from train.whole_state import MOMENTS, WholeState
@@ -30,18 +34,24 @@ logger = logging.getLogger(__name__)
 
 FORMAT_VERSION = 2  # 1 was DeepSpeed's own format
 WAIT_AT_ONCE_S = 1.0
+PATIENCE_S = 30.0  # training waits no longer for storage that is slow or away; the next snapshot is left out then
 CLOSE_WITHIN_S = 60.0
 WEIGHTS, STATE, MARKER = "weights.safetensors", "state.json", "complete.json"
 
 
 def complete_snapshots(store: Store) -> list[int]:
     """Return the steps of complete snapshots, oldest first."""
+    return [step for step in _all_snapshots(store) if store.exists(f"step-{step}/{MARKER}")]
+
+
+def _all_snapshots(store: Store) -> list[int]:
+    """Return the steps of all snapshots, also of those that a killed run left unfinished."""
     numbers = [name.removeprefix("step-") for name in store.names() if name.startswith("step-")]
-    return sorted(int(number) for number in numbers if number.isdigit() and store.exists(f"step-{number}/{MARKER}"))
+    return sorted(int(number) for number in numbers if number.isdigit())
 
 
 class Snapshots:
-    """Writes snapshots while training goes on: only gathering the tensors on rank zero holds it up.
+    """Writes snapshots, and the best checkpoint, while training goes on: only gathering on rank zero holds it up.
 
     `begin` and `wait` are called by all ranks together. A snapshot that cannot be written leaves those before it alone.
 
@@ -49,18 +59,47 @@ class Snapshots:
     ----------
     keep : int
         Older ones are removed once a newer one is complete.
+    checkpoints : Checkpoints
+        Where the weights of the best validation score go.
     """
 
-    def __init__(self, engine: Engine, store: Store, keep: int) -> None:
-        self._engine, self._store, self._keep = engine, store, keep
-        self._thread: threading.Thread | None = None  # on rank zero alone
+    def __init__(self, engine: Engine, store: Store, keep: int, checkpoints: Checkpoints) -> None:
+        self._engine, self._store, self._keep, self._checkpoints = engine, store, keep, checkpoints
+        self._thread: threading.Thread | None = None  # on rank zero alone, as is what follows
+        self._step = 0  # that the thread is at work for
+        self._best: tuple[dict[str, Tensor], dict[str, Any]] | None = None  # not written yet
         self._problem = ""
 
-    def begin(self, state: TrainState) -> str:
-        """Wait for the snapshot before, gather, and begin to write. Returns what `wait` said of the one before."""
-        problem = self.wait()
-        whole = self._engine.whole_state()
-        if whole is not None:
+    def begin(
+        self, state: TrainState, *, snapshot: bool = True, best: bool = False, patience_s: float = PATIENCE_S
+    ) -> str:
+        """Gather, and begin to write.
+
+        Parameters
+        ----------
+        state : TrainState
+        snapshot : bool
+            Write a snapshot; False = the best checkpoint alone.
+        best : bool
+            Write these weights as the best checkpoint. Where that fails it is tried again with the next snapshot.
+        patience_s : float
+            How long to wait for what is still being written; then the snapshot is left out.
+
+        Returns
+        -------
+        str
+            What could not be written before, or is left out, the same on every rank; "" if nothing.
+        """
+        is_busy, problem = self._settle(patience_s if snapshot else 0.0)
+        if is_busy:
+            problem = f"{problem}: there is none of step {state.step}" if snapshot else ""
+            snapshot = False
+        whole = self._engine.whole_state() if snapshot else None
+        if best:
+            weights = self._engine.whole_weights() if not snapshot else whole.weights if whole is not None else {}
+            self._best = (weights, state.to_dict()) if self._engine.world.is_rank_zero else None
+        if self._engine.world.is_rank_zero and not is_busy:
+            self._step = state.step
             arguments = (whole, state.to_dict())
             self._thread = threading.Thread(target=self._write, args=arguments, name="brainlm-snapshot", daemon=True)
             self._thread.start()
@@ -72,34 +111,75 @@ class Snapshots:
         Returns
         -------
         str
-            Why the last snapshot could not be written, the same on every rank; "" if it was, or if this was said.
+            What could not be written since this was last said, the same on every rank; "" if nothing.
         """
-        while self._engine.from_rank_zero(self._is_busy()):  # the others wait no longer than this for any message
-            pass
-        problem, self._problem = self._problem, ""
-        return self._engine.from_rank_zero(problem)
+        return self._settle(math.inf)[1]
 
     def close(self) -> None:
         """Let rank zero end what it is writing, after an error. Not together: the other ranks may be gone."""
         if self._thread is not None:
             self._thread.join(timeout=CLOSE_WITHIN_S)
 
-    def _is_busy(self) -> bool:
+    def _settle(self, patience_s: float) -> tuple[bool, str]:
+        """Wait for the thread; return whether it is still at work, and what is to be said, the same on every rank."""
+        deadline = time.monotonic() + patience_s
+        is_waiting = True
+        while is_waiting:  # the other ranks wait no longer than one round for any message
+            is_busy = self._is_busy(min(deadline - time.monotonic(), WAIT_AT_ONCE_S))
+            problem = f"the snapshot of step {self._step} is still being written" if is_busy else self._problem
+            said = is_busy, problem, is_busy and time.monotonic() < deadline
+            is_busy, problem, is_waiting = self._engine.from_rank_zero(said)
+        if not is_busy:
+            self._problem = ""
+        return is_busy, problem
+
+    def _is_busy(self, timeout_s: float) -> bool:
         if self._thread is not None:
-            self._thread.join(timeout=WAIT_AT_ONCE_S)
+            self._thread.join(timeout=max(timeout_s, 0.0))
             if self._thread.is_alive():
                 return True
             self._thread = None
         return False
 
-    def _write(self, whole: WholeState, counters: dict[str, Any]) -> None:
-        try:
-            write_snapshot(self._store, whole, counters)
-            for step in complete_snapshots(self._store)[: -self._keep]:
-                self._store.remove(f"step-{step}/{MARKER}")  # first, or a killed run would leave half a snapshot
-                self._store.remove(f"step-{step}")
-        except Exception as error:  # told to all ranks by `wait`
-            self._problem = f"the snapshot of step {counters['step']} could not be written: {error}"
+    def _write(self, whole: WholeState | None, counters: dict[str, Any]) -> None:
+        problems = []
+        if (best := self._best) is not None:
+            try:
+                self._checkpoints.write_best(*best)
+                if self._best is best:  # there may be a better one by now
+                    self._best = None
+            except Exception as error:  # told to all ranks by `_settle`, as below
+                problems.append(f"the checkpoint of the best step {best[1]['step']} could not be written: {error}")
+        if whole is not None:
+            try:
+                write_snapshot(self._store, whole, counters)
+                prune(self._store, counters["step"], self._keep)
+            except Exception as error:
+                problems.append(f"the snapshot of step {counters['step']} could not be written: {error}")
+                if self._store.is_local:  # elsewhere storage may be away, and this would wait for it once more
+                    with suppress(StoreError):
+                        remove_unfinished(self._store)  # of a full disk half a snapshot must not take the rest
+        self._problem = "; ".join(problems)
+
+
+def prune(store: Store, newest: int, keep: int) -> None:
+    """Remove all snapshots but the last `keep` complete ones up to the step `newest`.
+
+    Those of later steps are of no use: training went on from one before them because they are damaged.
+    """
+    kept = [step for step in complete_snapshots(store) if step <= newest][-keep:]
+    for step in _all_snapshots(store):
+        if step not in kept:
+            store.remove(f"step-{step}/{MARKER}")  # first, or a killed run would leave half a snapshot
+            store.remove(f"step-{step}")
+
+
+def remove_unfinished(store: Store) -> None:
+    """Remove what killed or failed writers left."""
+    complete = complete_snapshots(store)
+    for step in _all_snapshots(store):
+        if step not in complete:
+            store.remove(f"step-{step}")
 
 
 def resume_newest(engine: Engine, store: Store) -> TrainState | None:

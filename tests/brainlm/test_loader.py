@@ -330,7 +330,7 @@ def test_closing_does_not_wait_for_an_error_that_nobody_will_read(
 
 
 def test_closing_leaves_a_read_that_hangs_behind(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("brainlm.loader.CLOSE_WITHIN_S", 0.1)
+    monkeypatch.setattr("brainlm.read_ahead.CLOSE_WITHIN_S", 0.1)
     it = loader(dataset)
     real, answer = it.batches_at, threading.Event()
 

@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,7 +19,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import boto3
 import numpy as np
 import psutil
 import pytest
@@ -28,6 +26,7 @@ import yaml
 
 from tests.data_prep.conftest import Toy
 from tests.fault_proxy import FaultProxy
+from tests.s3_server import CREDENTIALS, Address, client_of, serving
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "cohorts"
@@ -35,48 +34,13 @@ NUM_RECORDINGS = 16
 STAGED = r"/staging/[^/]+/[^/]+\.json$"  # written last: this recording is finished
 WITHOUT_RAY = ("ray.address='off'",)  # with quotes: a plain off is false in YAML
 TWO_WORKERS = ("ray.address=local", "ray.num_cpus=2")
-CREDENTIALS = {
-    "AWS_ACCESS_KEY_ID": "nobody",
-    "AWS_SECRET_ACCESS_KEY": "nothing",
-    "AWS_DEFAULT_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
 TreeBytes = Callable[[Path], dict[str, bytes]]
 
 
 @pytest.fixture(scope="module")
-def s3_server() -> Iterator[tuple[str, int]]:
-    """Host and port of an S3 server in a process of its own, with one empty bucket."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        host, port = found.getsockname()
-    program = "import sys; from moto.server import main; main(sys.argv[1:])"
-    command = [sys.executable, "-c", program, "-H", host, "-p", str(port)]
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
-        deadline = time.monotonic() + 60
-        while True:
-            assert server.poll() is None
-            assert time.monotonic() < deadline
-            try:
-                socket.create_connection((host, port), timeout=1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        client = _client((host, port))
-        client.create_bucket(Bucket=BUCKET)
-        client.close()
-        yield host, port
-        server.terminate()
-
-
-def _client(server: tuple[str, int]):
-    return boto3.client(
-        "s3",
-        endpoint_url="http://{}:{}".format(*server),
-        region_name="us-east-1",
-        aws_access_key_id="nobody",
-        aws_secret_access_key="nothing",
-    )
+def s3_server() -> Iterator[Address]:
+    with serving(BUCKET) as address:
+        yield address
 
 
 def write_cohort(folder: Path, num_recordings: int) -> Path:
@@ -123,7 +87,7 @@ class Drill:
     """One data set on the S3 server, reached through a proxy of its own."""
 
     config: Path
-    server: tuple[str, int]
+    server: Address
     name: str
     folder: Path
     proxy: FaultProxy = field(init=False)
@@ -156,7 +120,7 @@ class Drill:
         return {name: data for name, data in self.everything().items() if not name.startswith("log/")}
 
     def everything(self) -> dict[str, bytes]:
-        client = _client(self.server)
+        client = client_of(self.server)
         found = {}
         for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{self.name}/"):
             for item in page.get("Contents", []):
@@ -171,7 +135,7 @@ class Drill:
 
 
 @pytest.fixture
-def drill(cohort: Path, s3_server: tuple[str, int], tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Drill]:
+def drill(cohort: Path, s3_server: Address, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Drill]:
     name = re.sub("[^a-z0-9]+", "-", request.node.name.lower())  # faults fall by names: always the same ones
     made = Drill(cohort, s3_server, name, tmp_path)
     yield made
@@ -319,9 +283,7 @@ def test_a_full_disk_ends_the_run_and_the_next_one_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_large_cohort_survives_everything_at_once(
-    s3_server: tuple[str, int], tmp_path: Path, tree_bytes: TreeBytes
-) -> None:
+def test_a_large_cohort_survives_everything_at_once(s3_server: Address, tmp_path: Path, tree_bytes: TreeBytes) -> None:
     """5 % of all requests fail in every way while workers, and twice the driver, are killed."""
     num_recordings = 200
     config = write_cohort(tmp_path, num_recordings)

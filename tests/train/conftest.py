@@ -81,6 +81,26 @@ def run(config: Path, *overrides: str, ranks: int | None = None) -> subprocess.C
     )
 
 
+def process_of_rank(rank: int, config: Path) -> int:
+    """Return the process id of a rank of the training run with this config."""
+    for folder in Path("/proc").iterdir():
+        try:
+            arguments = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(config).encode() in arguments and f"RANK={rank}".encode() in variables:
+            return int(folder.name)
+    raise AssertionError(f"there is no rank {rank}")
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
+
+
 def metrics(out: Path) -> dict[int, dict[str, float]]:
     """Return the logged metrics by step."""
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

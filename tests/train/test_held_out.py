@@ -73,7 +73,8 @@ def test_validation_of_censored_recordings_agrees_with_a_direct_computation(tmp_
     model = small_model(contract)
     sse = sst = squared = count = 0.0
     start = 5  # the middle: 50 timepoints, a window of 40
-    for number, (window, mask, present, _) in enumerate(held_out.windows):
+    for number, held in enumerate(held_out.windows):
+        window, mask, present = held.batch.values[0], held.mask, held.batch.present[0]
         series = reader.recording(number).astype(np.float64)
         kept = reader.kept(number, 0, 50)
         error = (model.reconstruct(window[None], mask[None], present[None])[0].numpy().T * contract.iqr

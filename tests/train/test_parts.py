@@ -14,10 +14,12 @@ import torch
 from brainlm.dataset import open_dataset
 from brainlm.errors import ConfigError
 from brainlm.testing import small_model
+from brainlm.windows import Windows
 from brainlm.world import World
 from train.engine import deepspeed_dict
 from train.held_out import HeldOut
 from train.param_groups import param_groups
+from train.pictures import draw_example
 from train.precision import resolve_precision
 from train.schedule import learning_rate_at
 from train.settings import (
@@ -129,12 +131,6 @@ def test_ranks_that_do_not_divide_the_batch_are_refused(world_size: int) -> None
         check_settings(settings(batch_size=64), world_size)
 
 
-def test_bfloat16_without_partitioning_is_refused_with_the_way_out() -> None:
-    wrong = dataclasses.replace(settings(), engine=EngineSettings(precision="bf16", zero_stage=0))
-    with pytest.raises(ConfigError, match="zero_stage of 1 or more"):
-        check_settings(wrong, 1)
-
-
 def test_a_url_as_output_folder_is_refused_with_the_setting_that_takes_it() -> None:
     with pytest.raises(ConfigError, match=r"give the URL as run\.storage"):
         RunSettings(out="s3://bucket/run")
@@ -165,12 +161,12 @@ def test_validation_scores_the_recording_mean_as_zero_and_truth_as_one(
     held_out = HeldOut(dataset.split("val"), contract, ValidationSettings(mask_ratio=0.5))
     engine = OneRank(model)
 
-    def constant(windows: torch.Tensor, mask: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        guess = torch.from_numpy(-contract.median / contract.iqr)[None, :, None].expand_as(windows)
+    def constant(windows: Windows, mask: torch.Tensor) -> torch.Tensor:
+        guess = torch.from_numpy(-contract.median / contract.iqr)[None, :, None].expand_as(windows.values)
         return torch.where(model.unpatchify(hidden(mask)), guess, torch.nan)
 
-    def truth(windows: torch.Tensor, mask: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
-        return torch.where(model.unpatchify(hidden(mask)), windows, torch.nan)
+    def truth(windows: Windows, mask: torch.Tensor) -> torch.Tensor:
+        return torch.where(model.unpatchify(hidden(mask)), windows.values, torch.nan)
 
     def hidden(mask: torch.Tensor) -> torch.Tensor:
         return mask[:, :, None].expand(-1, -1, contract.patch_len)
@@ -187,8 +183,9 @@ def test_validation_agrees_with_a_direct_computation(dataset_url: str) -> None:
     contract, reader = model.contract, dataset.split("val")
     held_out = HeldOut(reader, contract, ValidationSettings(mask_ratio=0.5))
     sse = sst = 0.0
-    for number, (window, mask, present, _) in enumerate(held_out.windows):
-        predicted = model.reconstruct(window[None], mask[None], present[None])[0].numpy().T
+    for number, held in enumerate(held_out.windows):
+        window = held.batch.values[0]
+        predicted = model.reconstruct(window[None], held.mask[None], held.batch.present)[0].numpy().T
         series = reader.recording(number)  # one window a recording here
         start = next(s for s in range(len(series)) if np.allclose(
             (series[s] - contract.median) / contract.iqr, window[:, 0].numpy(), atol=1e-5))  # fmt: skip
@@ -218,3 +215,19 @@ def test_a_gpu_that_only_emulates_bf16_trains_in_fp32(monkeypatch: pytest.Monkey
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation)
     automatic = dataclasses.replace(settings(), engine=EngineSettings(zero_stage=1))
     assert resolve_precision(automatic).engine.precision == "fp32"
+
+
+def test_an_example_shows_what_was_measured_and_rebuilt(dataset_url: str) -> None:
+    dataset = open_dataset(dataset_url)
+    held_out = HeldOut(dataset.split("val"), dataset.contract, ValidationSettings(mask_ratio=0.5))
+    held_out.score(OneRank(small_model(dataset.contract)))  # type: ignore[arg-type]
+    assert held_out.example is not None
+    shown = np.isfinite(held_out.example.rebuilt)
+    assert (shown <= held_out.example.hidden).all()
+    assert 0.4 < shown.mean() < 0.6
+    figure = draw_example(held_out.example)
+    images = [ax.images[0].get_array() for ax in figure.axes if ax.images]
+    measured, visible, rebuilt = (np.ma.filled(image, np.nan) for image in images)
+    np.testing.assert_array_equal(measured, held_out.example.truth)
+    np.testing.assert_array_equal(np.isnan(visible), held_out.example.hidden)
+    np.testing.assert_array_equal(rebuilt[shown], held_out.example.rebuilt[shown])

@@ -42,13 +42,18 @@ def test_two_ranks_of_the_deepspeed_launcher_train_the_same_model(
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
-)
+    ("stage", "precision", "offload"),
+    [
+        (0, "fp32", False), (1, "fp32", False), (2, "fp32", False), (3, "fp32", False), (1, "bf16", False),
+        (2, "bf16", False), (3, "bf16", False), (1, "fp32", True), (3, "bf16", True),
+    ],
+)  # fmt: skip
 def test_a_run_goes_on_bit_by_bit(
-    stage: int, precision: str, trained: Trained, tmp_path: Path, write_config: Config
+    stage: int, precision: str, offload: bool, trained: Trained, tmp_path: Path, write_config: Config
 ) -> None:
     options = [f"engine.zero_stage={stage}", f"engine.precision={precision}"]
     options = [option for option in options if option not in ("engine.zero_stage=1", "engine.precision=fp32")]
+    options += ["engine.offload_optimizer=true"] * offload
     undisturbed = trained(*options)
     out = stopped_after(undisturbed, 8, tmp_path / "run")
     result = run(write_config(out), *options)

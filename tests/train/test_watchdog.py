@@ -12,30 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.train.conftest import command, environment, metrics, run
+from tests.train.conftest import command, environment, is_running, metrics, process_of_rank, run
 
 TIMEOUT_S = 5.0
 ENDS_WITHIN_S = 180.0  # the launcher waits half a minute before it kills a rank that is stopped
-
-
-def process_of_rank(rank: int, config: Path) -> int:
-    """Return the process id of a rank of the training run with this config."""
-    for folder in Path("/proc").iterdir():
-        try:
-            arguments = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(config).encode() in arguments and f"RANK={rank}".encode() in variables:
-            return int(folder.name)
-    raise AssertionError(f"there is no rank {rank}")
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return "State:\tZ" not in Path(f"/proc/{pid}/status").read_text()
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize(
