@@ -94,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def load_settings(path: str, overrides: list[str], world: World) -> PretrainSettings:
+    """Read and check the settings, which fit each other and the number of ranks."""
     settings = resolve_precision(load_config(PretrainSettings, path, overrides))
     check_settings(settings, world.size)
     check_combination(settings.engine)
