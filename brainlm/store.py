@@ -233,12 +233,11 @@ class Store:
             self._try("write", name, lambda: self.fs.pipe_file(path, whole))
 
     def write_file(self, name: str, local: Path) -> None:
-        """Write a copy of a file on local disk, as `write_bytes` does, in little memory."""
-        path = self.path(name)
+        """Write a copy of a file on local disk, as `write_bytes` does; it is in memory only on its way elsewhere."""
         if self.is_local:
-            self._try("write", name, lambda: _write_local(path, local))
+            self._try("write", name, lambda: _write_local(self.path(name), local))
         else:
-            self._try("write", name, lambda: self.fs.put_file(str(local), path))
+            self.write_bytes(name, local.read_bytes())
 
     def read_json(self, name: str) -> Any:
         try:
