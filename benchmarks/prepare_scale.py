@@ -7,8 +7,9 @@ them. For each size there is a fresh driver, with one worker in a process of its
 Ray), so that the peak memory is the driver's alone; the worker's is measured beside it. Stages: `manifest`
 (list the table and stamp the files), `rows` (gather the staged rows), `splits`, `statistics` (three passes over all
 train recordings), `merge` (the driver's part of them alone: summing the counts that tasks send, at 424 parcels),
-`archive`, `shards`, `tables` (parquet, contract, page, dataset.json). Records: {case, method, seconds, peak_mb}, with
-the driver's largest resident memory up to the end of the stage; one more, `worker`, has the worker's.
+`archive`, `shards`, `tables` (parquet, contract, page, dataset.json). Records: {case, method, seconds, cpu_seconds,
+peak_mb}, with the driver's own CPU time, which other work on the machine does not change much, and its largest resident
+memory up to the end of the stage; one more, `worker`, has the worker's.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 
 from brainlm.store import Store
-from data_prep.work import Workers
+from data_prep.work import Tasks, Workers
 
 # Counts that a task sends in each pass, as seen with real series at 424 parcels (rows x digits).
 MERGED_COUNTS = ((424, 2048), (1359, 2048), (2513, 1024))
@@ -68,14 +69,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def show(records: list[dict[str, Any]], sizes: list[int]) -> None:
-    seconds = {(record["case"], record["method"]): record["seconds"] for record in records}
-    print(f"{'seconds':12}" + "".join(f"{size:>12,}" for size in sizes) + f"{'per ten-fold':>16}")
-    for stage in STAGES:
-        line = [seconds[f"{size} {stage}", "ours"] for size in sizes]
-        growth = [b / a for a, b in itertools.pairwise(line)]
-        print(f"{stage:12}" + "".join(f"{value:12.2f}" for value in line) + "".join(f"{g:8.1f}x" for g in growth))
-    told = [sum(seconds[f"{size} {stage}", "ours"] for stage in ("manifest", "splits", "merge")) for size in sizes]
-    print(f"{'m + s + m':12}" + "".join(f"{value:12.2f}" for value in told) + "   manifest + splits + merge")
+    for kind, title in (("seconds", "seconds"), ("cpu_seconds", "driver CPU s")):
+        seconds = {(record["case"], record["method"]): record[kind] for record in records}
+        print(f"{title:12}" + "".join(f"{size:>12,}" for size in sizes) + f"{'per ten-fold':>16}")
+        for stage in STAGES:
+            line = [seconds[f"{size} {stage}", "ours"] for size in sizes]
+            growth = [b / a for a, b in itertools.pairwise(line)]
+            print(f"{stage:12}" + "".join(f"{value:12.2f}" for value in line) + "".join(f"{g:8.1f}x" for g in growth))
+        told = [sum(seconds[f"{size} {stage}", "ours"] for stage in ("manifest", "splits", "merge")) for size in sizes]
+        print(f"{'m + s + m':12}" + "".join(f"{value:12.2f}" for value in told) + "   manifest + splits + merge")
     peak_mb = {(record["case"], record["method"]): record["peak_mb"] for record in records}
     for what, stage in (("driver MB", STAGES[-1]), ("worker MB", "worker")):
         print(f"{what:12}" + "".join(f"{peak_mb[f'{size} {stage}', 'ours']:12.0f}" for size in sizes))
@@ -166,22 +168,23 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
     from data_prep.gather import gather
     from data_prep.held_dataset import HeldDataset
     from data_prep.make_contract import make_contract
-    from data_prep.packed_entries import EntryTasks
-    from data_prep.parquet_tables import MEASURED_COLUMNS, RECORDING_COLUMNS, REJECTED_COLUMNS, RowBatches, table_of
-    from data_prep.place import place_in_archive, place_in_splits
+    from data_prep.parquet_tables import PLACE_COLUMNS, RECORDING_COLUMNS, REJECTED_COLUMNS, table_of
+    from data_prep.place import SPLIT_COLUMNS, find_relations, place_in_archive, place_in_splits
     from data_prep.settings import PrepareSettings
     from data_prep.sources import find_recordings, inputs_hash
-    from data_prep.write_shards import place_in_shards, write_shards
-    from data_prep.zarr_store import write_archive
+    from data_prep.stored_table import StoredTable
+    from data_prep.write_shards import ENTRY_COLUMNS, place_in_shards, write_shards
+    from data_prep.zarr_store import ARCHIVE_COLUMNS, write_archive
 
     records: list[dict[str, Any]] = []
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
-        started = time.perf_counter()
+        started, cpu_before = time.perf_counter(), time.process_time()
         yield
-        seconds = time.perf_counter() - started
-        records.append({"case": f"{size} {name}", "method": "ours", "seconds": seconds, "peak_mb": _peak_mb()})
+        seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_before
+        record = {"case": f"{size} {name}", "method": "ours", "seconds": seconds, "cpu_seconds": cpu_seconds}
+        records.append(record | {"peak_mb": _peak_mb()})
 
     table_path, out = folder / "table.csv", Store(folder / "dataset")
     settings: PrepareSettings = build(
@@ -214,42 +217,49 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
         source = find_recordings(settings.source)
         inputs_hash(source.entries, source.subjects)
     with stage("rows"):
-        batches = RowBatches(MEASURED_COLUMNS)
+        table = StoredTable(RECORDING_COLUMNS)
         staging = Store(folder / "staging")
-        tasks = EntryTasks(staging, source.entries)
+        tasks = Tasks(size, lambda position: (staging, source.entries[position]))
         for position, row in run.stream(_staged_row, tasks, "recordings"):
-            batches.add(position, row)
-        del tasks
-        table = batches.table()
-        del batches
+            table.add(position, row)
     with stage("splits"):
-        table, _, items = place_in_splits(settings, table, source.subjects, source.entries, held)
-        table["cohort"], table["addition"] = "scale", 0
-        place_in_archive(table, 0, 0)
-        table["shard"] = place_in_shards(table, settings.shards, num_parcels, {})
-        table = table[list(RECORDING_COLUMNS)]
+        columns = table[[*SPLIT_COLUMNS, "num_timepoints"]]
+        placed, _, items = place_in_splits(settings, columns, source.subjects, source.entries, held)
+        relations = find_relations(items, settings.splits)
+        placed["cohort"], placed["addition"] = "scale", 0
+        place_in_archive(placed, 0, 0)
+        placed["shard"] = place_in_shards(placed, settings.shards, num_parcels, {})
+        table.fill(placed[list(PLACE_COLUMNS)])
+        del columns, items, placed
     with stage("statistics"):
         contract, _ = make_contract(settings, atlas, staging, table, 2.0, None, run)
     with stage("merge"):
-        num_tasks = -(-size // contract_statistics.RECORDINGS_PER_TASK)
-        for shape in MERGED_COUNTS:
-            total, part = np.zeros(shape, dtype=np.int64), rng.integers(0, 9, shape, dtype=np.uint16)
-            for _ in range(num_tasks):
-                total += part
+        merge_counts(-(-size // contract_statistics.RECORDINGS_PER_TASK), rng)
     with stage("archive"):
-        write_archive(out, staging, table, num_parcels, run)
+        write_archive(out, staging, table[ARCHIVE_COLUMNS], num_parcels, run)
     with stage("shards"):
-        shards = write_shards(out, staging, table, num_parcels, settings.shards.dtype, run)
+        rows = table[[*ENTRY_COLUMNS, "shard", "split"]]
+        shards = write_shards(out, staging, rows, num_parcels, settings.shards.dtype, run)
+        del rows
     with stage("tables"):
         from data_prep.finish import write_dataset
 
         refused = table_of([], REJECTED_COLUMNS)
         contents = gather(
-            settings, settings, source, atlas, held, table, refused, source.subjects, contract, shards, items, []
+            settings, settings, source, atlas, held, table, refused, source.subjects, contract, shards, relations, []
         )
         write_dataset(out, contents)
-    records.append({"case": f"{size} worker", "method": "ours", "seconds": 0.0, "peak_mb": run.end()})
+    none = {"seconds": 0.0, "cpu_seconds": 0.0}
+    records.append({"case": f"{size} worker", "method": "ours", **none, "peak_mb": run.end()})
     return records
+
+
+def merge_counts(num_tasks: int, rng: np.random.Generator) -> None:
+    """Sum the counts of many tasks, as the driver does in the three passes."""
+    for shape in MERGED_COUNTS:
+        total, part = np.zeros(shape, dtype=np.int64), rng.integers(0, 9, shape, dtype=np.uint16)
+        for _ in range(num_tasks):
+            total += part
 
 
 def simulate(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> None:

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import ssl
 import tempfile
 import time
@@ -230,6 +231,13 @@ class Store:
         else:  # an object appears only when its upload is complete
             whole = data if isinstance(data, bytes) else bytes(data)
             self._try("write", name, lambda: self.fs.pipe_file(path, whole))
+
+    def write_file(self, name: str, local: Path) -> None:
+        """Write a copy of a file on local disk, as `write_bytes` does; it is in memory only on its way elsewhere."""
+        if self.is_local:
+            self._try("write", name, lambda: _write_local(self.path(name), local))
+        else:
+            self.write_bytes(name, local.read_bytes())
 
     def read_json(self, name: str) -> Any:
         try:
@@ -454,7 +462,7 @@ def _version(info: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(info.get(key) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated", "generation"))
 
 
-def _write_local(path: str, data: bytes | bytearray | memoryview) -> None:
+def _write_local(path: str, data: bytes | bytearray | memoryview | Path) -> None:
     """Write beside the file, then rename.
 
     The name beside it is always the same, so that a re-run takes over what a killed process left; a lock keeps two
@@ -472,7 +480,11 @@ def _write_local(path: str, data: bytes | bytearray | memoryview) -> None:
     with file:
         try:
             file.truncate(0)
-            file.write(data)
+            if isinstance(data, Path):
+                with open(data, "rb") as source:
+                    shutil.copyfileobj(source, file)
+            else:
+                file.write(data)
             file.flush()
             os.fsync(file.fileno())
             os.replace(temporary, path)

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from data_prep.svg_axes import Box, image, picture, text, ticks_below, ticks_of
 
+RANKING_COLUMNS = ("recording_id", "mean_fd_mm", "dvars_z")
 NUM_WORST = 3
 LIMIT = 2.5  # standard deviations at which grey ends
 MAX_COLUMNS = 900  # longer recordings are averaged down to what a screen shows
@@ -36,20 +37,30 @@ class Chosen(NamedTuple):
     why: str
 
 
-def choose_recordings(table: pd.DataFrame) -> tuple[str, list[Chosen]]:
+def choose_recordings(table: pd.DataFrame, duplicates: Sequence[Sequence[str]]) -> tuple[str, list[Chosen]]:
     """Return the measure that tells noisy recordings from clean ones, and the worst and the median recording by it.
 
     The measure is ``mean_fd_mm`` where at least half of the recordings have one, else ``dvars_z``; "" and nobody where
     neither is known. Equal values are told apart by id, so that the choice depends on the rows alone; a series that is
-    there under several ids is shown once.
+    there under several ids, which `duplicates` lists, is shown once.
     """
+    import pyarrow
+    import pyarrow.compute
+
     known = {name: table[name].notna() for name in ("mean_fd_mm", "dvars_z")}
     measure = "mean_fd_mm" if 2 * known["mean_fd_mm"].sum() >= max(len(table), 1) else "dvars_z"
-    ranked = table.loc[known[measure], ["recording_id", "series_sha256", measure]]
-    ranked = ranked.sort_values([measure, "recording_id"]).drop_duplicates("series_sha256")
+    ranked = table.loc[known[measure], ["recording_id", measure]]
     if ranked.empty:
         return "", []
-    ids, values = ranked["recording_id"].tolist(), ranked[measure].tolist()
+    keys = [(measure, "ascending"), ("recording_id", "ascending")]
+    # pandas would make a Python object of every id
+    order = pyarrow.compute.sort_indices(pyarrow.Table.from_pandas(ranked, preserve_index=False), sort_keys=keys)
+    ranked = ranked.iloc[order.to_numpy()]
+    series_of = {recording_id: number for number, ids in enumerate(duplicates) for recording_id in ids}
+    if series_of:
+        series = [series_of.get(recording_id, -1 - row) for row, recording_id in enumerate(ranked["recording_id"])]
+        ranked = ranked[~pd.Series(series).duplicated().to_numpy()]
+    ids, values = ranked["recording_id"].array, ranked[measure].array
     unit = " mm" if measure == "mean_fd_mm" else ""
     label = "mean framewise displacement" if measure == "mean_fd_mm" else "DVARS of z-scored parcels"
     middle = len(ids) // 2

@@ -6,7 +6,7 @@ Counts are summed as they come, so this process holds one set of them, and a wor
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,7 @@ PARCELS_AT_ONCE = 1024  # bounds the counts to 100 MB; finer atlases take three 
 
 
 def compute_statistics(
-    staging: Store, rows: Sequence[Mapping[Any, Any]], num_parcels: int, run: Workers
+    staging: Store, ids: Sequence[str], num_parcels: int, run: Workers
 ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
     """Return which parcels are covered, and their median and IQR over all centred, kept timepoints.
 
@@ -34,9 +34,8 @@ def compute_statistics(
 
     Parameters
     ----------
-    rows : sequence of mapping
-        The train recordings, with ``recording_id``. A recording counts for no parcel that it misses; censored
-        timepoints do not count.
+    ids : sequence of str
+        The train recordings. A recording counts for no parcel that it misses; censored timepoints do not count.
 
     Returns
     -------
@@ -51,9 +50,8 @@ def compute_statistics(
     StoreError
         If a staged recording cannot be read.
     """
-    if not rows:
+    if not ids:
         raise DataError("no train recordings to take statistics from: expected at least one; lower splits.val, .test")
-    ids = [str(row["recording_id"]) for row in rows]
     size = min(RECORDINGS_PER_TASK, max(1, len(ids) // TASKS))
     groups = [ids[first : first + size] for first in range(0, len(ids), size)]
     blocks = [(first, min(first + PARCELS_AT_ONCE, num_parcels)) for first in range(0, num_parcels, PARCELS_AT_ONCE)]

@@ -23,13 +23,14 @@ from brainlm.store import Store
 from data_prep.parquet_tables import FOLDS, RECORDING_COLUMNS, RECORDINGS, REJECTED, SUBJECTS, write_parquet
 from data_prep.quality_page import QualityReport, quality_page
 from data_prep.settings import PrepareSettings
+from data_prep.stored_table import Table, blocks_of
 from data_prep.write_shards import ShardRows
 from data_prep.zarr_store import mean_coverage, read_archived
 
 VERSIONS_OF = ("brainlm", "numpy", "scipy", "nibabel", "nilearn", "pandas", "pyarrow", "zarr")
 QUALITY_PAGE = "quality.html"
 TRUTH = "truth"
-HASH_ROWS = 10_000  # of the table at a time
+HASH_ROWS, HASH_HEADER_EVERY = 1000, 10  # rows of the table at a time; blocks that begin with its header
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +38,7 @@ class Contents:
     """What a finished data set holds besides archive and shards."""
 
     name: str
-    recordings: pd.DataFrame
+    recordings: Table
     rejected: pd.DataFrame
     subjects: pd.DataFrame
     folds: pd.DataFrame
@@ -63,6 +64,7 @@ def write_dataset(out: Store, contents: Contents) -> dict[str, Any]:
     write_parquet(out, FOLDS, contents.folds)
     out.write_bytes(input_contract.FILE_NAME, contract.dumps().encode())
     out.write_bytes(QUALITY_PAGE, quality_page(_quality_report(out, contents)).encode())
+    placed = recordings[["split", "subject", "num_timepoints"]]
     manifest = {
         "format_version": FORMAT_VERSION,
         "name": contents.name,
@@ -79,7 +81,7 @@ def write_dataset(out: Store, contents: Contents) -> dict[str, Any]:
                 "timepoints": int(part["num_timepoints"].sum()),
             }
             for split in SPLITS
-            for part in [recordings[recordings["split"] == split]]
+            for part in [placed[placed["split"] == split]]
         },
         "num_refused": len(contents.rejected),
         "shards": contents.shards,
@@ -94,13 +96,14 @@ def write_dataset(out: Store, contents: Contents) -> dict[str, Any]:
     return manifest
 
 
-def content_hash(shards: ShardRows, contract: InputContract, recordings: pd.DataFrame) -> str:
+def content_hash(shards: ShardRows, contract: InputContract, recordings: Table) -> str:
     """Identify what a data set holds: bytes of the shards, contract, and the table of recordings."""
     hashes = {split: [row["sha256"] for row in shards.get(split, [])] for split in SPLITS}
     digest = hashlib.sha256(json.dumps([hashes, contract.to_json()], sort_keys=True).encode())
-    table = recordings[[name for name in RECORDING_COLUMNS if name in recordings.columns]]
-    for start in range(0, len(table), HASH_ROWS):
-        digest.update(table.iloc[start : start + HASH_ROWS].to_csv(index=False, lineterminator="\n").encode())
+    names = [name for name in RECORDING_COLUMNS if name in recordings.columns]
+    for number, block in enumerate(blocks_of(recordings, HASH_ROWS) if len(recordings) else ()):
+        text = block[names].to_csv(index=False, header=number % HASH_HEADER_EVERY == 0, lineterminator="\n")
+        digest.update(text.encode())
     return digest.hexdigest()
 
 
@@ -118,11 +121,11 @@ def copy_truth(settings: PrepareSettings, out: Store) -> None:
 
 
 def _quality_report(out: Store, contents: Contents) -> QualityReport:
-    table = contents.recordings
-    rows = dict(zip(table["recording_id"], zip(table["first_row"].tolist(), table["num_timepoints"].tolist())))
+    rows = contents.recordings[["recording_id", "first_row", "num_timepoints"]]
 
     def carpet(recording_id: str) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        return read_archived(out, *rows[recording_id])
+        found = rows[rows["recording_id"] == recording_id].iloc[0]
+        return read_archived(out, int(found["first_row"]), int(found["num_timepoints"]))
 
     return QualityReport(
         name=contents.name,

@@ -16,7 +16,7 @@ from brainlm.input_contract import InputContract
 from brainlm.store import Store, sha256_of_file
 from brainlm.subject_hash import keyed_hash
 from data_prep.atlas_image import AtlasImage
-from data_prep.parquet_tables import RECORDINGS, REJECTED, SUBJECTS, read_parquet
+from data_prep.parquet_tables import RECORDINGS, REJECTED, SUBJECTS, read_parquet, rows_of_subjects
 from data_prep.settings import PrepareSettings, differences
 from data_prep.source_entry import MAX_LISTED, Source, SourceEntry
 from data_prep.sources import inputs_hash
@@ -65,7 +65,7 @@ def read_held(out: Store, *, unfinished: bool = False) -> HeldDataset | None:
         contract=InputContract.from_json(out.read_json(input_contract.FILE_NAME)),
         recordings=recordings,
         rejected=rejected,
-        subjects=subjects[subjects["subject"].isin(set(recordings["subject"]))].reset_index(drop=True),
+        subjects=rows_of_subjects(subjects, recordings["subject"]),
     )
 
 

@@ -19,8 +19,10 @@ from data_prep.contract_statistics import compute_statistics
 from data_prep.held_dataset import HeldDataset
 from data_prep.resample import SAME_TR, future_s
 from data_prep.settings import PrepareSettings, WindowSettings
+from data_prep.stored_table import Table
 from data_prep.work import Workers
 
+FACTS = ["num_timepoints", "num_kept", "source_tr_s", "resampled", "denoised"]
 ORDER = (
     "parcel means; dummy scans dropped; confounds, trend and frequencies outside of the pass band removed in one "
     "projection fitted on kept timepoints; censored timepoints interpolated; resampled"
@@ -99,7 +101,7 @@ def choose_atlas(settings: PrepareSettings, given: InputContract | None) -> Atla
     return atlas
 
 
-def common_tr_s(settings: PrepareSettings, table: pd.DataFrame) -> float:
+def common_tr_s(settings: PrepareSettings, table: Table) -> float:
     """Return the TR of the data set: the target, else the one of all recordings, else the longest of theirs."""
     if settings.target_tr_s is not None:
         return settings.target_tr_s
@@ -114,7 +116,7 @@ def make_contract(
     settings: PrepareSettings,
     atlas: AtlasImage,
     staging: Store,
-    table: pd.DataFrame,
+    table: Table,
     tr_s: float,
     given: InputContract | None,
     run: Workers,
@@ -127,12 +129,11 @@ def make_contract(
     is_train = (table["split"] == "train").to_numpy(dtype=bool)
     if own and not is_train.any():
         raise DataError("no recordings to train on, so there is nothing to compute median and IQR from")
-    measured = table[["recording_id", "subject"]]  # a part of all columns would be a second table in memory
+    measured = table[["recording_id", "subject"]]
     measured = measured[is_train] if is_train.any() else measured
-    rows = [{"recording_id": recording_id} for recording_id in measured["recording_id"]]
-    covered, median, iqr = compute_statistics(staging, rows, atlas.atlas.num_parcels, run)
-    del rows
     who = f"{len(measured)} {'train ' if is_train.any() else ''}recordings ({measured['subject'].nunique()} subjects)"
+    covered, median, iqr = compute_statistics(staging, measured["recording_id"].tolist(), atlas.atlas.num_parcels, run)
+    facts = table[FACTS]
     contract = InputContract(
         atlas=atlas.atlas,
         covered=covered,
@@ -143,10 +144,10 @@ def make_contract(
         patch_len=settings.windows.patch_len,
         high_pass_hz=settings.clean.high_pass_hz,
         low_pass_hz=settings.clean.low_pass_hz,
-        cleaning=cleaning_tree(settings, table),
+        cleaning=cleaning_tree(settings, facts),
         statistics_from=f"all kept timepoints of the {who} of {settings.name}",
         num_statistics_recordings=len(measured),
-        flags=contract_flags(settings, table, tr_s),
+        flags=contract_flags(settings, facts, tr_s),
     )
     if own or given is None:
         return contract, []
@@ -195,9 +196,9 @@ def contract_flags(settings: PrepareSettings, table: pd.DataFrame, tr_s: float) 
     return tuple(flags)
 
 
-def frozen_contract(held: HeldDataset, settings: PrepareSettings, table: pd.DataFrame) -> InputContract:
+def frozen_contract(held: HeldDataset, settings: PrepareSettings, table: Table) -> InputContract:
     """Return a data set's contract after recordings were added: same statistics, facts of old and new recordings."""
-    both = pd.concat([held.recordings, table], ignore_index=True)
+    both = pd.concat([held.recordings[FACTS], table[FACTS]], ignore_index=True)
     kept = tuple(flag for flag in held.contract.flags if flag.endswith(WITHDRAWN))
     facts = cleaning_tree(settings, both)
     return replace(

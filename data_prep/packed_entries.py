@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import heapq
+import pickle
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from itertools import islice
 from typing import Any, overload
 
-from data_prep.packed_values import pack, unpack
 from data_prep.source_entry import SourceEntry
 
 ENTRIES_PER_BLOCK = 1000
@@ -55,25 +56,6 @@ class PackedEntries(Sequence[SourceEntry]):
         return self.__dict__ | {"_open": (-1, [])}
 
 
-class EntryTasks(Sequence[tuple[Any, SourceEntry]]):
-    """The arguments of one task for each entry: what all of them share, and the entry."""
-
-    def __init__(self, shared: Any, entries: Sequence[SourceEntry]) -> None:
-        self._shared, self._entries = shared, entries
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    @overload
-    def __getitem__(self, index: int) -> tuple[Any, SourceEntry]: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[tuple[Any, SourceEntry]]: ...
-    def __getitem__(self, index: int | slice) -> tuple[Any, SourceEntry] | Sequence[tuple[Any, SourceEntry]]:
-        if isinstance(index, slice):
-            return EntryTasks(self._shared, self._entries[index])
-        return self._shared, self._entries[index]
-
-
 def sorted_by_id(entries: Iterable[SourceEntry]) -> PackedEntries:
     """Return the entries in the order of their ids; those of one id stay in the order in which they come."""
     left = iter(entries)
@@ -89,9 +71,10 @@ def _id(entry: SourceEntry) -> str:
 
 
 def _packed(entries: Sequence[SourceEntry]) -> bytes:
-    return pack([[getattr(entry, name) for entry in entries] for name in FIELD_NAMES])
+    columns = [[getattr(entry, name) for entry in entries] for name in FIELD_NAMES]
+    return zlib.compress(pickle.dumps(columns), level=1)
 
 
 def _unpacked(block: bytes) -> Iterator[SourceEntry]:
-    for values in zip(*unpack(block)):
+    for values in zip(*pickle.loads(zlib.decompress(block))):
         yield SourceEntry(**dict(zip(FIELD_NAMES, values)))

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import tempfile
-from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 
 from brainlm.errors import DataError
 from brainlm.store import Store
-from data_prep.packed_values import pack, unpack
+from data_prep.stored_table import Table
 
 RECORDINGS, SUBJECTS, REJECTED, FOLDS = "recordings.parquet", "subjects.parquet", "rejected.parquet", "folds.parquet"
 MEASURED_COLUMNS = {
@@ -56,17 +56,21 @@ RECORDING_COLUMNS = MEASURED_COLUMNS | PLACE_COLUMNS
 REJECTED_COLUMNS = dict.fromkeys(("recording_id", "subject", "source", "stage", "reason", "cohort"), "string") | {
     "addition": "int64"
 }
-ROWS_PER_BATCH = 1000  # rows as mappings are ten times as large as in a table
+M_MMAP_THRESHOLD = -3  # malloc.h: larger pieces are the system's, and go back to it at once
+ROWS_PER_GROUP = 2000  # of a file: what is in memory at once
 
 
-def keep_arrow_small() -> None:
-    """Let Arrow take memory from the system's allocator for the rest of the process.
+def keep_little_memory() -> None:
+    """Let what is freed go back to the system for the rest of the process.
 
-    Its own keeps what was freed, which doubles the memory of the tables of 100,000 recordings.
+    Arrow's own allocator keeps it, so Arrow takes memory from the system's. That of glibc keeps ever larger pieces, up
+    to 32 MB, unless it is told a limit.
     """
     import pyarrow
 
     pyarrow.set_memory_pool(pyarrow.system_memory_pool())
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
 
 
 def give_back_memory() -> None:
@@ -81,51 +85,31 @@ def table_of(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pd.D
     return pd.DataFrame({name: pd.Series([row[name] for row in rows], dtype=kind) for name, kind in columns.items()})
 
 
-class RowBatches:
-    """Gather rows that come in any order into a table, in the order of their positions, in little memory."""
-
-    def __init__(self, columns: dict[str, str]) -> None:
-        self._columns = columns
-        self._rows: list[Mapping[str, Any]] = []
-        self._positions = array("q")
-        self._packed: dict[str, list[bytes]] = {name: [] for name in columns}
-
-    def add(self, position: int, row: Mapping[str, Any]) -> None:
-        self._positions.append(position)
-        self._rows.append(row)
-        if len(self._rows) == ROWS_PER_BATCH:
-            self._pack()
-
-    def table(self) -> pd.DataFrame:
-        """Return all rows. Nothing can be added afterwards: what was gathered is given up, not held twice."""
-        self._pack()
-        order = np.argsort(np.asarray(self._positions, dtype=np.int64), kind="stable").tolist()
-        table = {}
-        for name, kind in self._columns.items():  # one by one, so that only one of them is there twice
-            values = [value for packed in self._packed.pop(name) for value in unpack(packed)]
-            table[name] = pd.Series([values[row] for row in order], dtype=kind)
-            del values
-        give_back_memory()
-        return pd.DataFrame(table)
-
-    def _pack(self) -> None:
-        for name, packed in self._packed.items():
-            packed.append(pack([row[name] for row in self._rows]))
-        self._rows = []
+def rows_of_subjects(table: pd.DataFrame, subjects: Iterable[str]) -> pd.DataFrame:
+    """Return the rows of a table whose ``subject`` is one of these."""
+    wanted = set(subjects)  # pandas' own test takes ten times as much memory
+    return table[[subject in wanted for subject in table["subject"]]].reset_index(drop=True)
 
 
-def write_parquet(store: Store, name: str, table: pd.DataFrame) -> None:
+def write_parquet(store: Store, name: str, table: Table) -> None:
+    """Write a table, in little memory if it is a `StoredTable`."""
     import pyarrow
     import pyarrow.parquet
 
-    arrow = pyarrow.Table.from_pandas(table, preserve_index=False).replace_schema_metadata(None)
-    # Pages end where a piece of a column ends, and pieces tell in which order recordings were finished.
-    arrow = arrow.combine_chunks()
-    with tempfile.TemporaryFile() as file:  # in memory, what is written would be there twice while it grows
-        pyarrow.parquet.write_table(arrow, file)
-        del arrow
-        file.seek(0)
-        store.write_bytes(name, file.read())
+    with tempfile.TemporaryDirectory(prefix="brainlm-") as folder:
+        path, writer = Path(folder) / "table.parquet", None
+        # What is in memory is converted as one: a part of a column need not show its type.
+        for block in [table] if isinstance(table, pd.DataFrame) else table.blocks(ROWS_PER_GROUP):
+            arrow = pyarrow.Table.from_pandas(block, preserve_index=False).replace_schema_metadata(None)
+            # Pages end where a piece of a column ends, and pieces tell how the table was gathered.
+            arrow = arrow.combine_chunks()
+            writer = writer or pyarrow.parquet.ParquetWriter(path, arrow.schema)
+            writer.write_table(arrow, row_group_size=ROWS_PER_GROUP)
+            del block, arrow
+            give_back_memory()
+        assert writer is not None
+        writer.close()
+        store.write_file(name, path)
 
 
 def read_parquet(store: Store, name: str) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
@@ -13,11 +14,12 @@ from brainlm.errors import BrainLMError, ConfigError
 from data_prep.held_dataset import HeldDataset
 from data_prep.parquet_tables import REJECTED_COLUMNS, give_back_memory
 from data_prep.read_table import text
-from data_prep.settings import PrepareSettings
+from data_prep.settings import PrepareSettings, SplitSettings
 from data_prep.source_entry import Source, SourceEntry
-from data_prep.splits import SplitItem, assign_splits
+from data_prep.splits import SplitItem, assign_splits, find_duplicates, leave_one_out_folds, notes_on_test_sites
 
 SITE = "site"
+SPLIT_COLUMNS = ["recording_id", "subject", SITE, "family", "source", "series_sha256"]
 ITEMS_AT_ONCE = 1000
 
 
@@ -74,7 +76,7 @@ def place_in_splits(
     entries: Sequence[SourceEntry],
     held: HeldDataset | None,
 ) -> tuple[pd.DataFrame, pd.DataFrame, Sequence[SplitItem]]:
-    """Give each recording its split.
+    """Give each recording of a table, which has `SPLIT_COLUMNS`, its split.
 
     Returns
     -------
@@ -84,21 +86,44 @@ def place_in_splits(
         Of all recordings, those of `held` included.
     """
     given = {entry.recording_id: entry.split for entry in entries if entry.split}
-    both = table if held is None else pd.concat([held.recordings, table], ignore_index=True)
+    both = table if held is None else pd.concat([held.recordings[SPLIT_COLUMNS], table], ignore_index=True)
     items = SplitItems(both, _groups(settings, both, subjects), given)
     del both
     placed = {} if held is None else dict(zip(held.recordings["recording_id"], held.recordings["split"]))
-    split_of, reasons = assign_splits(items, settings.splits, placed)
+    splits, reasons = assign_splits(items, settings.splits, placed)
+    splits = splits[len(splits) - len(table) :]
     fine = ~table["recording_id"].isin(list(reasons))
     refused = table.loc[~fine, ["recording_id", "subject", "source"]].copy()
     refused["stage"] = "splits"
     refused["reason"] = [reasons[recording_id] for recording_id in refused["recording_id"]]
     refused = refused.reindex(columns=list(REJECTED_COLUMNS))
     table = (table if fine.all() else table[fine]).reset_index(drop=True)
-    table["split"] = pd.Series([split_of[recording_id] for recording_id in table["recording_id"]], dtype="string")
-    del split_of
+    table["split"] = pd.Series([split for split in splits if split], dtype="string")
     give_back_memory()
     return table, refused, items if not reasons else [item for item in items if item.recording_id not in reasons]
+
+
+@dataclass(frozen=True)
+class Relations:
+    """How recordings belong together: ids of each series that is there several times, folds by id, notes in words."""
+
+    duplicates: list[list[str]]
+    folds: pd.DataFrame
+    notes: list[str]
+
+
+def find_relations(items: Sequence[SplitItem], settings: SplitSettings) -> Relations:
+    """Return what the data set says about recordings that belong together.
+
+    ``folds`` has columns ``recording_id`` and ``fold`` (the site or sites left out together), by id.
+    """
+    fold, notes = leave_one_out_folds(items, [item.site for item in items])
+    ids = pd.Series([item.recording_id for item, name in zip(items, fold) if name], dtype="string")
+    folds = pd.DataFrame({"recording_id": ids, "fold": pd.Series([name for name in fold if name], dtype="string")})
+    folds = folds.sort_values("recording_id", ignore_index=True)
+    duplicates = find_duplicates(items)
+    give_back_memory()
+    return Relations(duplicates, folds, [*notes, *notes_on_test_sites(items, settings)])
 
 
 def splits_in_advance(settings: PrepareSettings, source: Source) -> str:

@@ -19,6 +19,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from brainlm.config import load_config, parse_entry_args, to_yaml
@@ -45,27 +46,28 @@ from data_prep.make_contract import (
     with_contract,
 )
 from data_prep.one_recording import Recipe, prepare_recording, refused_row
-from data_prep.packed_entries import EntryTasks, PackedEntries
+from data_prep.packed_entries import PackedEntries
 from data_prep.parquet_tables import (
-    MEASURED_COLUMNS,
+    PLACE_COLUMNS,
     RECORDING_COLUMNS,
     REJECTED,
     REJECTED_COLUMNS,
-    RowBatches,
+    rows_of_subjects,
     write_parquet,
 )
-from data_prep.place import place_in_archive, place_in_splits, splits_in_advance
+from data_prep.place import SPLIT_COLUMNS, find_relations, place_in_archive, place_in_splits, splits_in_advance
 from data_prep.resample import SAME_TR
 from data_prep.run_log import FOLDER as LOG_FOLDER
 from data_prep.run_log import RunLog
 from data_prep.settings import PrepareSettings
 from data_prep.source_entry import MAX_LISTED, SourceEntry
 from data_prep.sources import find_recordings
+from data_prep.stored_table import StoredTable
 from data_prep.withdraw import withdraw_subjects
-from data_prep.work import Workers, workers
-from data_prep.write_shards import place_in_shards, remove_unknown_shards, write_shards
+from data_prep.work import Tasks, Workers, workers
+from data_prep.write_shards import ENTRY_COLUMNS, place_in_shards, remove_unknown_shards, write_shards
+from data_prep.zarr_store import ARCHIVE_COLUMNS, next_places, write_archive
 from data_prep.zarr_store import FOLDER as ARCHIVE_FOLDER
-from data_prep.zarr_store import next_places, write_archive
 
 STAGING = "staging"
 
@@ -125,25 +127,30 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
     with workers(settings.ray, out) as run:
         listed = out.url_of(REJECTED if held is None else f"{LOG_FOLDER}/{REJECTED}")
         table, refused, tr_s = prepare_recordings(settings, entries, atlas, staging, run, log, listed, known_refused)
-        if table.empty:  # what was refused when the data set was made is refused still
+        if not len(table):  # what was refused when the data set was made is refused still
             print(f"{settings.out}: every other recording is in this data set already; nothing to add")
             return 0
-        subjects = source.subjects[source.subjects["subject"].isin(set(table["subject"]))]
-        subjects = subjects.reset_index(drop=True) if held is None else merged_subjects(held, subjects)
-        table, unplaced, items = place_in_splits(settings, table, subjects, entries, held)
+        subjects = rows_of_subjects(source.subjects, table["subject"])
+        subjects = subjects if held is None else merged_subjects(held, subjects)
+        columns = table[[*SPLIT_COLUMNS, "num_timepoints"]]
+        placed, unplaced, items = place_in_splits(settings, columns, subjects, entries, held)
+        table.remove(columns["recording_id"].isin(unplaced["recording_id"]))
+        relations = find_relations(items, settings.splits)
+        del columns, items
         refused = pd.concat([refused, unplaced], ignore_index=True)
         addition = 0 if held is None else len(held.cohorts)
-        for part in (table, refused):
+        for part in (placed, refused):
             part["cohort"] = pd.Series(settings.name, index=part.index, dtype="string")
             part["addition"] = pd.Series(addition, index=part.index, dtype="int64")
         check_refused(settings, entries, refused, listed, known_refused)
         check_unchanged_since(out, at_start)
-        place_in_archive(table, *next_places(out, None if held is None else held.recordings))
+        place_in_archive(placed, *next_places(out, None if held is None else held.recordings))
         num_parcels = atlas.atlas.num_parcels
         shards = None if held is None else held.manifest["shards"]
         num_before = {split: _num_shards(rows) for split, rows in (shards or {}).items()}
-        table["shard"] = place_in_shards(table, settings.shards, num_parcels, num_before)
-        table = table[list(RECORDING_COLUMNS)]
+        placed["shard"] = place_in_shards(placed, settings.shards, num_parcels, num_before)
+        table.fill(placed[list(PLACE_COLUMNS)])
+        del placed, part
         if held is None:
             contract, found = make_contract(settings, atlas, staging, table, tr_s, given, run)
             notes += found
@@ -152,11 +159,14 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
             contract = frozen_contract(held, settings, table)
             notes += make_contract(settings, atlas, staging, table, tr_s, held.contract, run)[1]
         remove_unknown_shards(out, shards)
-        write_archive(out, staging, table, num_parcels, run)
-        added = write_shards(out, staging, table, num_parcels, settings.shards.dtype, run)
+        write_archive(out, staging, table[ARCHIVE_COLUMNS], num_parcels, run)
+        rows = table[[*ENTRY_COLUMNS, "shard", "split"]]
+        added = write_shards(out, staging, rows, num_parcels, settings.shards.dtype, run)
+        del rows
     copy_truth(settings, out)
     check_unchanged_since(out, at_start)
-    contents = gather(asked_for, settings, source, atlas, held, table, refused, subjects, contract, added, items, notes)
+    parts = (table, refused, subjects, contract, added, relations, notes)
+    contents = gather(asked_for, settings, source, atlas, held, *parts)
     manifest = write_dataset(out, contents)
     out.remove(STAGING)
     log.end(num_prepared=len(table), num_refused=len(refused), content_hash=manifest["content_hash"])
@@ -173,24 +183,24 @@ def prepare_recordings(
     log: RunLog,
     listed: str,
     known_refused: set[str],
-) -> tuple[pd.DataFrame, pd.DataFrame, float]:
+) -> tuple[StoredTable, pd.DataFrame, float]:
     """Stage every recording that is not staged yet; return the prepared and the refused by id, and their TR.
 
     Where recordings have several TRs and no target is set, those of shorter TR are resampled to the longest.
     """
     table, refused = _stage_all(settings, settings.target_tr_s, entries, atlas, staging, run, log)
     check_refused(settings, entries, refused, listed, known_refused)
-    if table.empty:
+    if not len(table):
         return table, refused, 0.0
     tr_s = common_tr_s(settings, table)
-    if settings.target_tr_s is None and (table["resampled"] | (table["source_tr_s"] < tr_s * (1 - SAME_TR))).any():
-        counts = sorted({f"{value:g} s" for value in table["source_tr_s"]})
+    times = table[["source_tr_s", "resampled"]]
+    if settings.target_tr_s is None and (times["resampled"] | (times["source_tr_s"] < tr_s * (1 - SAME_TR))).any():
+        counts = sorted({f"{value:g} s" for value in times["source_tr_s"]})
         if len(counts) > 1:
             print(f"several repetition times ({', '.join(counts)}): resampling to the longest, {tr_s:g} s")
-        del table, refused  # or there would be two of each in memory
         table, refused = _stage_all(settings, tr_s, entries, atlas, staging, run, log)
         check_refused(settings, entries, refused, listed, known_refused)
-    table["tr_s"] = tr_s  # headers and sidecars differ by rounding
+    table.fill(pd.DataFrame({"tr_s": np.full(len(table), tr_s)}))  # headers and sidecars differ by rounding
     return table, refused, tr_s
 
 
@@ -202,7 +212,7 @@ def _stage_all(
     staging: Store,
     run: Workers,
     log: RunLog,
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> tuple[StoredTable, pd.DataFrame]:
     recipe = run.share(
         Recipe(
             atlas=atlas,
@@ -214,9 +224,8 @@ def _stage_all(
             staging=staging,
         )
     )
-    known_when_refused = {name: kind for name, kind in REJECTED_COLUMNS.items() if name not in ("cohort", "addition")}
-    prepared, refused = RowBatches(MEASURED_COLUMNS), RowBatches(known_when_refused)
-    tasks = EntryTasks(recipe, entries)
+    prepared, refused = StoredTable(RECORDING_COLUMNS), StoredTable(REJECTED_COLUMNS)
+    tasks = Tasks(len(entries), lambda position: (recipe, entries[position]))
 
     def lost(position: int, why: str) -> dict[str, Any]:  # a recording that kills every worker must not end the work
         return refused_row(entries[position], "internal", why) | {"reused": False}
@@ -224,7 +233,7 @@ def _stage_all(
     for position, row in run.stream(prepare_recording, tasks, "recordings", lost):
         (prepared if row["status"] == "prepared" else refused).add(position, row)
         log.count("reused" if row["reused"] else "done")
-    return prepared.table(), refused.table()
+    return prepared, refused[[name for name in refused.columns if name not in ("cohort", "addition")]]
 
 
 def check_refused(

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from brainlm.dataset import SPLITS
 from brainlm.input_contract import InputContract
-from data_prep.carpet_plots import carpet_svg, choose_recordings
+from data_prep.carpet_plots import RANKING_COLUMNS, carpet_svg, choose_recordings
 from data_prep.histogram_plots import histograms_svg
+from data_prep.stored_table import Table
 
 HISTOGRAMS = {
     "duration_s": "Kept time (s)",
@@ -33,6 +34,7 @@ HISTOGRAMS = {
     "num_constant_parcels": "Constant parcels",
 }
 TEXT_COLUMNS = ("site", "space", "denoised", "cohort")
+SITE_COLUMNS = ("site", "subject", "split", "source_tr_s", "resampled", "mean_fd_mm", "dvars_z", "fraction_kept")
 MAX_LISTED = 200  # lines of a list
 MAX_GROUPS = 60  # kinds of refusals that are told apart
 MAX_REFUSAL_CHARACTERS = 700_000  # of all listed refusals together
@@ -54,8 +56,10 @@ class QualityReport:
     Parameters
     ----------
     name : str
-    recordings, rejected : DataFrame
-        As in ``recordings.parquet`` and ``rejected.parquet``.
+    recordings : DataFrame or StoredTable
+        As ``recordings.parquet``.
+    rejected : DataFrame
+        As ``rejected.parquet``.
     contract : InputContract
     duplicates : sequence of lists of recording ids
         Those that hold the same series.
@@ -67,7 +71,7 @@ class QualityReport:
     """
 
     name: str
-    recordings: pd.DataFrame
+    recordings: Table
     rejected: pd.DataFrame
     contract: InputContract
     duplicates: Sequence[Sequence[str]]
@@ -78,24 +82,24 @@ class QualityReport:
 
 def quality_page(report: QualityReport) -> str:
     """Return the page as HTML without any outside file."""
-    table = _with_all_columns(report.recordings)
+    table, contract = report.recordings, report.contract
     sections = [
-        ("Splits", _splits(table)),
-        ("Repetition times", _repetition_times(table, report.contract)),
-        ("Sites", _sites(table)),
-        ("What was done before", _before(table)),
-        ("Distributions", _distributions(table)),
-        ("Carpet plots", _carpets(table, report)),
+        ("Splits", _splits(_read(table, "split", "subject", "num_timepoints", "mean_fd_mm"))),
+        ("Repetition times", _repetition_times(_read(table, "source_tr_s", "resampled", "site"), contract)),
+        ("Sites", _sites(_read(table, *SITE_COLUMNS))),
+        ("What was done before", _before(_read(table, *TEXT_COLUMNS))),
+        ("Distributions", _distributions(_read(table, *HISTOGRAMS))),
+        ("Carpet plots", _carpets(report)),
         ("Refused", _refusals(report.rejected)),
         ("Equal series", _duplicates(report.duplicates)),
         ("Parcels", _parcels(report)),
         ("Warnings", _list(report.warnings) if report.warnings else "<p>None.</p>"),
-        ("Known facts for every score", _list(report.contract.flags) if report.contract.flags else "<p>None.</p>"),
+        ("Known facts for every score", _list(contract.flags) if contract.flags else "<p>None.</p>"),
     ]
     body = "\n".join(f"<h2>{title}</h2>\n{content}" for title, content in sections if content)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(report.name)}: quality</title>\n'
-        f"<style>{STYLE}</style></head><body>\n{_summary(table, report)}\n{body}\n</body></html>\n"
+        f"<style>{STYLE}</style></head><body>\n{_summary(report)}\n{body}\n</body></html>\n"
     )
 
 
@@ -108,16 +112,17 @@ def reason_kind(reason: str, *names: str) -> str:
     return reason[:160]
 
 
-def _with_all_columns(recordings: pd.DataFrame) -> pd.DataFrame:
-    """Return the table with every column that the page needs; columns an older data set lacks are empty."""
-    table = recordings.assign(**{name: "" for name in TEXT_COLUMNS if name not in recordings.columns})
-    lacking = [name for name in [*HISTOGRAMS, "num_kept", "source_tr_s"] if name not in table.columns]
-    table = table.assign(**dict.fromkeys(lacking, np.nan))
-    return table.assign(fraction_kept=table["num_kept"] / table["num_timepoints"])
+def _read(recordings: Table, *names: str) -> pd.DataFrame:
+    """Return some columns; those that an older data set lacks are empty."""
+    asked = list(dict.fromkeys([*names, "num_kept", "num_timepoints"] if "fraction_kept" in names else names))
+    table = recordings[[name for name in asked if name in recordings.columns]]
+    lacking = [name for name in asked if name not in table.columns]
+    table = table.assign(**{name: "" if name in TEXT_COLUMNS else np.nan for name in lacking})
+    return table.assign(fraction_kept=table["num_kept"] / table["num_timepoints"]) if len(asked) > len(names) else table
 
 
-def _summary(table: pd.DataFrame, report: QualityReport) -> str:
-    contract = report.contract
+def _summary(report: QualityReport) -> str:
+    contract, table = report.contract, _read(report.recordings, "num_timepoints", "subject")
     hours = (table["num_timepoints"] * contract.tr_s).sum() / 3600
     return (
         f"<h1>{escape(report.name)}: recordings and their quality</h1>\n"
@@ -204,10 +209,10 @@ def _distributions(table: pd.DataFrame) -> str:
     return drawn + (_list(told) if told else "")
 
 
-def _carpets(table: pd.DataFrame, report: QualityReport) -> str:
+def _carpets(report: QualityReport) -> str:
     if report.carpet is None:
         return ""
-    measure, chosen = choose_recordings(table)
+    measure, chosen = choose_recordings(_read(report.recordings, *RANKING_COLUMNS), report.duplicates)
     if not chosen:
         return "<p>No recording has a measure of noise.</p>"
     networks = report.contract.atlas.networks

@@ -55,7 +55,7 @@ def unit_hash(seed: int, group: str) -> float:
 
 def assign_splits(
     items: Sequence[SplitItem], settings: SplitSettings, placed: Mapping[str, str] | None = None
-) -> tuple[dict[str, str], dict[str, str]]:
+) -> tuple[list[str], dict[str, str]]:
     """Return the split of each recording, and why some can have none.
 
     Recordings of one subject, of one group, and with one and the same series are kept together; the smallest name
@@ -73,8 +73,8 @@ def assign_splits(
 
     Returns
     -------
-    split_of : dict
-        Recording id to train, val or test.
+    splits : list of str
+        train, val or test for each item, "" for one of `reasons`.
     reasons : dict
         Recording id to reason, for new recordings that would join what is in different splits already. Which one of
         several is refused depends on the order of their ids, not on that of `items`.
@@ -114,14 +114,15 @@ def assign_splits(
         root: next(iter(split_at[root])) if split_at.get(root) else _by_hash(name, settings)
         for root, name in names.items()
     }
-    found = {
-        item.recording_id: placed.get(item.recording_id) or split_of[joined.root(joined.nodes(item)[0])]
+    splits = [
+        ""
+        if item.recording_id in reasons
+        else placed.get(item.recording_id) or split_of[joined.root(joined.nodes(item)[0])]
         for item in items
-        if item.recording_id not in reasons
-    }
+    ]
     if not placed and settings.column is None:
-        _check_none_empty(items, found, len(names), settings)
-    return found, reasons
+        _check_none_empty(items, splits, len(names), settings)
+    return splits, reasons
 
 
 def notes_on_test_sites(items: Sequence[SplitItem], settings: SplitSettings) -> list[str]:
@@ -143,7 +144,7 @@ def notes_on_test_sites(items: Sequence[SplitItem], settings: SplitSettings) -> 
     ]
 
 
-def leave_one_out_folds(items: Sequence[SplitItem], by: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+def leave_one_out_folds(items: Sequence[SplitItem], by: Sequence[str]) -> tuple[list[str], list[str]]:
     """Divide recordings into folds of which each can be left out, such as sites.
 
     Recordings of one subject, of one group, or with equal series are never in two folds: values of `by` that such
@@ -158,46 +159,40 @@ def leave_one_out_folds(items: Sequence[SplitItem], by: Sequence[str]) -> tuple[
 
     Returns
     -------
-    folds : dict
-        Name to sorted recording ids. Empty where there would be fewer than two folds.
+    folds : list of str
+        The fold of each item, "" = none; "" for all where there would be fewer than two folds.
     notes : list of str
         Which values were joined and why, and how many recordings are in no fold.
     """
     if len(items) != len(by):
         raise ValueError(f"{len(items)} items but {len(by)} values")
     roots = _join(items)
-    values_at: dict[int, set[str]] = {}
+    value_at: dict[int, str] = {}
+    several_at: dict[int, set[str]] = {}
     for root, value in zip(roots, by):
-        if value:
-            values_at.setdefault(root, set()).add(value)
-    together: dict[str, set[str]] = {value: {value} for values in values_at.values() for value in values}
-    for values in values_at.values():
-        if len(values) > 1:
-            everyone = set().union(*(together[value] for value in values))
-            for value in everyone:
-                together[value] = everyone
+        if value and value_at.setdefault(root, value) != value:
+            several_at.setdefault(root, {value_at[root]}).add(value)
+    together: dict[str, set[str]] = {value: {value} for value in by if value}
+    for values in several_at.values():
+        everyone = set().union(*(together[value] for value in values))
+        for value in everyone:
+            together[value] = everyone
     name_of = {value: "+".join(sorted(everyone)) for value, everyone in together.items()}
-    folds: dict[str, list[str]] = {}
-    num_without = 0
-    for item, root in zip(items, roots):
-        if root in values_at:
-            folds.setdefault(name_of[min(values_at[root])], []).append(item.recording_id)
-        else:
-            num_without += 1
+    folds = [name_of[value_at[root]] if root in value_at else "" for root in roots]
     notes = []
     for name in sorted({name_of[value] for value, everyone in together.items() if len(everyone) > 1}):
-        sets = {root for root, values in values_at.items() if len(values) > 1 and name_of[min(values)] == name}
+        sets = {root for root in several_at if name_of[value_at[root]] == name}
         first = min(sets)
         example = [f"{i.recording_id} ({v})" for i, root, v in zip(items, roots, by) if root == first and v]
         notes.append(
             f"{name} is one fold: {len(sets)} sets of recordings that belong together (by subject, group or equal "
             f"series) are in several of these, for example {_some(sorted(example))}"
         )
-    if len(folds) < 2:
-        return {}, notes
-    if num_without:
+    if len(set(folds) - {""}) < 2:
+        return [""] * len(items), notes
+    if num_without := folds.count(""):
         notes.append(f"{num_without} recordings of unknown site are in no fold")
-    return {name: sorted(folds[name]) for name in sorted(folds)}, notes
+    return folds, notes
 
 
 class _Chosen(Sequence[SplitItem]):
@@ -341,9 +336,9 @@ def _check_sites(items: Sequence[SplitItem], sites: Sequence[str]) -> None:
 
 
 def _check_none_empty(
-    items: Sequence[SplitItem], split_of: Mapping[str, str], num_groups: int, settings: SplitSettings
+    items: Sequence[SplitItem], splits: Sequence[str], num_groups: int, settings: SplitSettings
 ) -> None:
-    counts = dict.fromkeys(SPLITS, 0) | Counter(split_of.values())
+    counts = dict.fromkeys(SPLITS, 0) | Counter(splits)
     empty = [split for split in SPLITS if settings.fractions[split] > 0 and counts[split] == 0]
     if not empty:
         return

@@ -35,7 +35,15 @@ from brainlm.subject_hash import keyed_hash
 from data_prep.finish import TRUTH, Contents, write_dataset
 from data_prep.held_dataset import HeldDataset, read_held
 from data_prep.make_contract import WITHDRAWN
-from data_prep.parquet_tables import FOLDS, RECORDINGS, REJECTED, SUBJECTS, read_parquet, write_parquet
+from data_prep.parquet_tables import (
+    FOLDS,
+    RECORDINGS,
+    REJECTED,
+    SUBJECTS,
+    read_parquet,
+    rows_of_subjects,
+    write_parquet,
+)
 from data_prep.run_log import FOLDER as LOG_FOLDER
 from data_prep.run_log import RunLog
 from data_prep.source_entry import MAX_LISTED
@@ -194,7 +202,7 @@ def _remove(held: HeldDataset) -> dict[str, Any]:
         name=held.manifest["name"],
         recordings=kept,
         rejected=held.rejected[~held.rejected["subject"].map(held.is_withdrawn).astype(bool)].reset_index(drop=True),
-        subjects=held.subjects[held.subjects["subject"].isin(set(kept["subject"]))].reset_index(drop=True),
+        subjects=rows_of_subjects(held.subjects, kept["subject"]),
         folds=folds[folds["recording_id"].isin(ids)].reset_index(drop=True),
         contract=replace(held.contract, flags=tuple(flags)),
         shards=shards,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, overload
 
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
@@ -13,6 +13,32 @@ from data_prep.settings import RaySettings
 
 IN_FLIGHT_PER_CPU = 2
 PLAIN_LINES = 10  # of progress, where the output is no terminal
+
+
+class Tasks(Sequence[tuple[Any, ...]]):
+    """The arguments of many tasks, each made when it is asked for: together they are as large as a data set's tables.
+
+    Parameters
+    ----------
+    num : int
+    make : callable
+        Returns the arguments of task 0 to `num` - 1.
+    """
+
+    def __init__(self, num: int, make: Callable[[int], tuple[Any, ...]]) -> None:
+        self._numbers, self._make = range(num), make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[Any, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[Any, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[Any, ...] | Sequence[tuple[Any, ...]]:
+        if isinstance(index, slice):
+            return [self._make(number) for number in self._numbers[index]]
+        return self._make(self._numbers[index])
 
 
 class Workers:

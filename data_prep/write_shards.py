@@ -16,7 +16,7 @@ from brainlm.shards import FOLDER, ShardEntry, StoredDtype, encode_shard, shard_
 from brainlm.store import Store
 from data_prep.one_recording import load_staged
 from data_prep.settings import ShardSettings
-from data_prep.work import Workers
+from data_prep.work import Tasks, Workers
 
 ENTRY_COLUMNS = ["recording_id", "subject", "session", "task", "run", "site", "tr_s", "num_timepoints"]
 ShardRows = dict[str, list[dict[str, Any]]]
@@ -42,13 +42,23 @@ def place_in_shards(
 def write_shards(
     out: Store, staging: Store, table: pd.DataFrame, num_parcels: int, dtype: StoredDtype, run: Workers
 ) -> ShardRows:
-    """Write the shards that `table` names in its column ``shard``; return their rows for ``dataset.json`` by split."""
-    parts = table[ENTRY_COLUMNS].groupby(table["shard"], sort=True)  # only the columns that travel are copied
-    tasks = [(out, staging, str(name), part, num_parcels, dtype) for name, part in parts]
-    split_of = dict(zip(table["shard"], table["split"]))
+    """Write the shards of recordings with `ENTRY_COLUMNS`, ``shard`` and ``split``.
+
+    Returns
+    -------
+    dict
+        The rows of the shards for ``dataset.json``, by split.
+    """
+    parts: dict[Any, Any] = table.groupby("shard").indices  # positions: a part is copied when its task is handed out
+    names = sorted(parts)
+
+    def of_shard(number: int) -> tuple[Any, ...]:
+        part = table[ENTRY_COLUMNS].iloc[parts[names[number]]]
+        return out, staging, names[number], part, num_parcels, dtype
+
     by_split: ShardRows = {split: [] for split in SPLITS}
-    for task, row in zip(tasks, run.run(_write_one, tasks, "shards")):
-        by_split[split_of[task[2]]].append(row)
+    for name, row in zip(names, run.run(_write_one, Tasks(len(names), of_shard), "shards")):
+        by_split[table["split"].iloc[parts[name][0]]].append(row)
     return by_split
 
 

@@ -23,9 +23,11 @@ from numpy.typing import NDArray
 
 from brainlm.store import Store
 from data_prep.one_recording import load_staged
-from data_prep.work import Workers
+from data_prep.stored_table import Table
+from data_prep.work import Tasks, Workers
 
 FOLDER = "recordings.zarr"
+ARCHIVE_COLUMNS = ["recording_id", "first_row", "archive_row", "num_timepoints"]
 CHUNK_ROWS = 256  # about one recording
 SHARD_ROWS = 64 * CHUNK_ROWS
 CHUNK_RECORDINGS = 1024
@@ -47,7 +49,7 @@ def read_archived(out: Store, first_row: int, num_timepoints: int) -> tuple[NDAr
     return np.asarray(group["bold"][rows]), np.asarray(group["keep_mask"][rows])
 
 
-def mean_coverage(out: Store, table: pd.DataFrame) -> NDArray[np.float32]:
+def mean_coverage(out: Store, table: Table) -> NDArray[np.float32]:
     """Return the mean over recordings of each parcel's coverage: shape (P,); one block of rows in memory."""
     import zarr
 
@@ -74,25 +76,28 @@ def next_places(out: Store, held: pd.DataFrame | None) -> tuple[int, int]:
 
 
 def write_archive(out: Store, staging: Store, table: pd.DataFrame, num_parcels: int, run: Workers) -> None:
-    """Write all recordings of `table`, which carries ``first_row``, ``archive_row`` and ``num_timepoints``."""
+    """Write all recordings of `table`, which has `ARCHIVE_COLUMNS`."""
     first, last = int(table["first_row"].iloc[0]), int((table["first_row"] + table["num_timepoints"]).iloc[-1])
     first_place, num_places = int(table["archive_row"].iloc[0]), int(table["archive_row"].iloc[-1]) + 1
     shard_rows = _make_arrays(out, last, num_places, num_parcels, new=first == 0)
-    ids = table["recording_id"].tolist()
+    ids = table["recording_id"]
     starts = table["first_row"].to_numpy()
     stops = starts + table["num_timepoints"].to_numpy()
-    tasks = []
-    for start in range(first, last, shard_rows):
+
+    def of_object(number: int) -> tuple[Any, ...]:
+        start = first + number * shard_rows
         stop = min(start + shard_rows, last)
-        inside = range(np.searchsorted(stops, start, side="right"), np.searchsorted(starts, stop, side="left"))
-        tasks.append((out, staging, [(ids[i], int(starts[i])) for i in inside], start, stop, num_parcels))
-    for _ in run.stream(_write_bold, tasks, "archive"):
+        inside = slice(np.searchsorted(stops, start, side="right"), np.searchsorted(starts, stop, side="left"))
+        recordings = list(zip(ids.iloc[inside].tolist(), starts[inside].tolist()))
+        return out, staging, recordings, start, stop, num_parcels
+
+    def of_places(number: int) -> tuple[Any, ...]:
+        begin = number * CHUNK_RECORDINGS
+        return out, staging, ids.iloc[begin : begin + CHUNK_RECORDINGS].tolist(), first_place + begin
+
+    for _ in run.stream(_write_bold, Tasks(-(-(last - first) // shard_rows), of_object), "archive"):
         pass
-    places = [
-        (out, staging, ids[begin : begin + CHUNK_RECORDINGS], first_place + begin)
-        for begin in range(0, len(ids), CHUNK_RECORDINGS)
-    ]
-    for _ in run.stream(_write_coverage, places, "coverage"):
+    for _ in run.stream(_write_coverage, Tasks(-(-len(ids) // CHUNK_RECORDINGS), of_places), "coverage"):
         pass
 
 

@@ -566,3 +566,13 @@ def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:
 def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1234")
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(b"1234").hexdigest()
+
+
+@pytest.mark.parametrize("kind", ["local", "memory"])
+def test_a_file_is_written_as_its_bytes_are(tmp_path, kind):
+    store = Store(tmp_path / "out" if kind == "local" else "memory://write_file")
+    (tmp_path / "source").write_bytes(b"x" * 100_000)
+    store.write_bytes("folder/file", b"before")
+    store.write_file("folder/file", tmp_path / "source")
+    assert store.read_bytes("folder/file") == b"x" * 100_000
+    assert store.names("folder", temporary=True) == ["file"]

@@ -30,14 +30,14 @@ class ShuffledWorkers(Workers):
 
 
 def stage(store, recordings):
-    """Write (bold, keep_mask) of each recording as `prepare_recording` does; return their rows."""
-    rows = []
+    """Write (bold, keep_mask) of each recording as `prepare_recording` does; return their ids."""
+    ids = []
     for number, (bold, keep_mask) in enumerate(recordings):
         buffer = io.BytesIO()
         np.savez(buffer, bold=bold, coverage=(~np.isnan(bold[0])).astype(np.float32), keep_mask=keep_mask)
         store.write_bytes(f"rec{number}.npz", buffer.getvalue())
-        rows.append({"recording_id": f"rec{number}", "num_timepoints": len(bold)})
-    return rows
+        ids.append(f"rec{number}")
+    return ids
 
 
 def quartiles_of(parts, order=None):

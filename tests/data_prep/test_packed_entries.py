@@ -1,4 +1,4 @@
-"""Entries, items and rows that are held packed say what plain lists say, in any order and after a journey."""
+"""Entries that are held packed say what a plain list says, in any order and after a journey."""
 
 import pickle
 import random
@@ -6,7 +6,7 @@ import tracemalloc
 
 import pytest
 
-from data_prep.packed_entries import EntryTasks, PackedEntries, sorted_by_id
+from data_prep.packed_entries import PackedEntries, sorted_by_id
 from data_prep.source_entry import SourceEntry
 
 
@@ -61,16 +61,6 @@ def test_sorting_is_that_of_a_list_also_for_equal_ids(small_blocks):
     random.Random(0).shuffle(plain)
     assert list(sorted_by_id(plain)) == sorted(plain, key=lambda entry: entry.recording_id)
     assert list(sorted_by_id([])) == []
-
-
-def test_tasks_share_their_first_argument(small_blocks):
-    plain, shared = entries_of(20), object()
-    tasks = EntryTasks(shared, PackedEntries(plain))
-    assert len(tasks) == 20
-    assert list(tasks) == [(shared, entry) for entry in plain]
-    assert list(tasks[5:9]) == [(shared, entry) for entry in plain[5:9]]
-    assert tasks[-1] == (shared, plain[-1])
-    assert tasks[0][0] is shared
 
 
 def test_packed_entries_need_far_less_memory_than_a_list():

@@ -182,12 +182,12 @@ def test_dvars_ranks_where_motion_is_mostly_unknown_and_says_so(rng):
 
 def test_few_recordings_and_equal_series_are_not_drawn_twice(rng):
     table = recordings(5, rng)
-    table["series_sha256"] = ["a", "a", "a", "b", "b"]
-    _, chosen = choose_recordings(table)
+    ids = table["recording_id"].tolist()
+    _, chosen = choose_recordings(table, [ids[:3], ids[3:]])
     assert len({recording.recording_id for recording in chosen}) == len(chosen) == 2
-    assert len(choose_recordings(recordings(1, rng))[1]) == 1
+    assert len(choose_recordings(recordings(1, rng), [])[1]) == 1
     table["mean_fd_mm"] = table["dvars_z"] = np.nan
-    assert choose_recordings(table) == ("", [])
+    assert choose_recordings(table, []) == ("", [])
 
 
 def test_parcels_of_a_network_are_neighbours():

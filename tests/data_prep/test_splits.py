@@ -31,8 +31,24 @@ def cohort(count, prefix="s"):
     return [item(f"{prefix}{number}", run) for number in range(count) for run in "12"]
 
 
+def assigned(items, settings=SHARES, placed=None):
+    """Return splits by id, and reasons."""
+    splits, reasons = assign_splits(items, settings, placed)
+    return {item.recording_id: split for item, split in zip(items, splits, strict=True) if split}, reasons
+
+
+def folds_of(items, by):
+    """Return the sorted ids of each fold, and notes."""
+    names, notes = leave_one_out_folds(items, by)
+    ids_of = {}
+    for item, name in zip(items, names, strict=True):
+        if name:
+            ids_of.setdefault(name, []).append(item.recording_id)
+    return {name: sorted(ids) for name, ids in ids_of.items()}, notes
+
+
 def split(items, settings=SHARES, placed=None):
-    found, reasons = assign_splits(items, settings, placed)
+    found, reasons = assigned(items, settings, placed)
     assert reasons == {}
     return found
 
@@ -187,7 +203,7 @@ def test_a_new_recording_that_joins_different_splits_is_refused_and_names_both()
     placed = {"a_run-1": "train", "b_run-1": "test"}
     bridge, fine = item("a", "9", series="b_run-1"), item("a", "2")
     for order in permutations([*old, bridge, fine]):
-        found, reasons = assign_splits(order, SHARES, placed)
+        found, reasons = assigned(order, SHARES, placed)
         assert found == placed | {"a_run-2": "train"}
         assert list(reasons) == ["a_run-9"]
         assert "its subject joins it to a_run-1, which is in train" in reasons["a_run-9"]
@@ -200,7 +216,7 @@ def test_a_chain_of_new_recordings_never_joins_two_splits():
     new = [item("x", group="g"), item("y", group="g", series="a_run-1"), item("x", "2", series="b_run-1")]
     outcomes = set()
     for order in permutations(old + new):
-        found, reasons = assign_splits(order, SHARES, placed)
+        found, reasons = assigned(order, SHARES, placed)
         outcomes.add((tuple(sorted(found.items())), tuple(reasons)))
         by_node = {}
         for entry in order:
@@ -213,11 +229,11 @@ def test_a_chain_of_new_recordings_never_joins_two_splits():
 
 def test_a_placed_recording_that_contradicts_a_given_split_or_a_test_site_refuses_the_new_one():
     placed = {"a_run-1": "train"}
-    found, reasons = assign_splits([item("a"), item("a", "2", given="val")], BY_COLUMN, placed)
+    found, reasons = assigned([item("a"), item("a", "2", given="val")], BY_COLUMN, placed)
     assert found == placed
     assert "splits.column fold puts it in val, but its subject joins it to a_run-1" in reasons["a_run-2"]
     sites = SplitSettings(test_sites=("T",))
-    found, reasons = assign_splits([item("a"), item("a", "2", site="T"), item("b", site="T")], sites, placed)
+    found, reasons = assigned([item("a"), item("a", "2", site="T"), item("b", site="T")], sites, placed)
     assert found == placed | {"b_run-1": "test"}
     assert "splits.test_sites puts it in test, but its subject joins it to a_run-1" in reasons["a_run-2"]
 
@@ -233,8 +249,8 @@ def test_random_additions_keep_together_what_belongs_together(rng):
             )
             for number in range(60)
         ]
-        first, _ = assign_splits(items[:30], SplitSettings(val=0, test=0.5), {"nobody": "train"})
-        found, reasons = assign_splits(items, SplitSettings(val=0, test=0.5), first)
+        first, _ = assigned(items[:30], SplitSettings(val=0, test=0.5), {"nobody": "train"})
+        found, reasons = assigned(items, SplitSettings(val=0, test=0.5), first)
         assert first.items() <= found.items()
         assert set(found) | set(reasons) == {entry.recording_id for entry in items}
         assert not set(reasons) & set(first)
@@ -249,7 +265,7 @@ def test_random_additions_keep_together_what_belongs_together(rng):
 def test_each_site_is_a_fold_and_shared_subjects_or_series_make_one_of_two():
     sites = ["A", "B", "C", "D", "A", "C", "", "B"]
     items = [item(f"s{number}") for number in range(6)] + [item("s6"), item("s7", series="s5_run-1")]
-    folds, notes = leave_one_out_folds(items, sites)
+    folds, notes = folds_of(items, sites)
     assert folds == {
         "A": ["s0_run-1", "s4_run-1"],
         "B+C": ["s1_run-1", "s2_run-1", "s5_run-1", "s7_run-1"],
@@ -263,7 +279,7 @@ def test_each_site_is_a_fold_and_shared_subjects_or_series_make_one_of_two():
 def test_no_subject_group_or_series_is_in_two_folds(rng):
     items = [item(f"s{n % 150}", str(n), group=f"f{n % 150 // 2}") for n in range(200)]
     sites = [f"site{int(entry.group[1:]) % 12 + (rng.random() < 0.02)}" for entry in items]
-    folds, _ = leave_one_out_folds(items, sites)
+    folds, _ = folds_of(items, sites)
     fold_of = {recording_id: name for name, ids in folds.items() for recording_id in ids}
     assert set(fold_of) == {entry.recording_id for entry in items}
     assert 4 < len(folds) < 12
@@ -276,9 +292,9 @@ def test_no_subject_group_or_series_is_in_two_folds(rng):
 
 def test_unknown_sites_follow_their_subject_and_one_site_alone_gives_no_folds():
     items = [item("a"), item("a", "2"), item("b")]
-    assert leave_one_out_folds(items, ["A", "", "B"])[0] == {"A": ["a_run-1", "a_run-2"], "B": ["b_run-1"]}
-    assert leave_one_out_folds(items, ["A", "A", "A"]) == ({}, [])
-    assert leave_one_out_folds(items, ["", "", ""]) == ({}, [])
+    assert folds_of(items, ["A", "", "B"])[0] == {"A": ["a_run-1", "a_run-2"], "B": ["b_run-1"]}
+    assert folds_of(items, ["A", "A", "A"]) == ({}, [])
+    assert folds_of(items, ["", "", ""]) == ({}, [])
 
 
 def test_many_recordings_take_little_memory_and_no_quadratic_time():
@@ -290,7 +306,7 @@ def test_many_recordings_take_little_memory_and_no_quadratic_time():
     tracemalloc.start()
     began = time.perf_counter()
     split(items, SplitSettings(group_by="family"))
-    leave_one_out_folds(items, [entry.site for entry in items])
+    folds_of(items, [entry.site for entry in items])
     seconds, peak = time.perf_counter() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert seconds < 30  # 1 to 2 where nothing else runs; 100,000 without tracing take about 2 to 5
