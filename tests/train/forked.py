@@ -53,7 +53,7 @@ class Run:
         for rank in chosen:
             rank.join()
 
-    def finish(self, timeout_s: float = 120.0) -> list[int | None]:
+    def finish(self, timeout_s: float = 300.0) -> list[int | None]:
         """Wait for the end; return the exit statuses. What is not over in time is killed, and has status -9."""
         deadline = time.monotonic() + timeout_s
         for rank in self.ranks:

@@ -27,7 +27,7 @@ OPTIONS = (
 )  # fmt: skip
 MARKERS = {"snapshots": "complete.json", "checkpoints": "config.json"}
 SNAPSHOT, BEST, ANYWHERE = "snapshots", "checkpoints", ""
-GIVES_UP_S = 120.0
+GIVES_UP_S = 300.0  # of a machine with much else to do
 
 
 class Running(Protocol):
@@ -207,7 +207,7 @@ def test_twenty_kills_of_one_rank_or_both_change_no_bit(tmp_path: Path, write_co
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 def test_the_deepspeed_launcher_ends_what_a_kill_has_left(tmp_path: Path, write_config: Config) -> None:
     num_steps = 40
     undisturbed, out, options = tmp_path / "undisturbed", tmp_path / "killed", (*OPTIONS, f"run.steps={num_steps}")
