@@ -223,14 +223,14 @@ def measure(folder: Path, size: int, num_timepoints: int, num_parcels: int) -> l
         for position, row in run.stream(_staged_row, tasks, "recordings"):
             table.add(position, row)
     with stage("splits"):
-        columns = table[[*SPLIT_COLUMNS, "num_timepoints"]]
-        placed, _, items = place_in_splits(settings, columns, source.subjects, source.entries, held)
+        placed, _, items = place_in_splits(settings, table[SPLIT_COLUMNS], source.subjects, source.entries, held)
+        placed = placed[["split"]].assign(num_timepoints=table["num_timepoints"])
         relations = find_relations(items, settings.splits)
         placed["cohort"], placed["addition"] = "scale", 0
         place_in_archive(placed, 0, 0)
         placed["shard"] = place_in_shards(placed, settings.shards, num_parcels, {})
         table.fill(placed[list(PLACE_COLUMNS)])
-        del columns, items, placed
+        del items, placed
     with stage("statistics"):
         contract, _ = make_contract(settings, atlas, staging, table, 2.0, None, run)
     with stage("merge"):

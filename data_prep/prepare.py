@@ -132,11 +132,11 @@ def prepare(settings: PrepareSettings, out: Store) -> int:
             return 0
         subjects = rows_of_subjects(source.subjects, table["subject"])
         subjects = subjects if held is None else merged_subjects(held, subjects)
-        columns = table[[*SPLIT_COLUMNS, "num_timepoints"]]
-        placed, unplaced, items = place_in_splits(settings, columns, subjects, entries, held)
-        table.remove(columns["recording_id"].isin(unplaced["recording_id"]))
+        placed, unplaced, items = place_in_splits(settings, table[SPLIT_COLUMNS], subjects, entries, held)
+        table.remove(table["recording_id"].isin(unplaced["recording_id"]))
+        placed = placed[["split"]].assign(num_timepoints=table["num_timepoints"])
         relations = find_relations(items, settings.splits)
-        del columns, items
+        del items
         refused = pd.concat([refused, unplaced], ignore_index=True)
         addition = 0 if held is None else len(held.cohorts)
         for part in (placed, refused):

@@ -29,12 +29,13 @@ def place_in_shards(
     nbytes = table["num_timepoints"].to_numpy() * num_parcels * np.dtype(settings.dtype).itemsize
     names = np.full(len(table), "", dtype=object)
     for split in SPLITS:
-        number, count, size = num_before.get(split, 0) - 1, settings.recordings_per_shard, 0
+        number, count, size, name = num_before.get(split, 0) - 1, settings.recordings_per_shard, 0, ""
         mine = np.flatnonzero((table["split"] == split).to_numpy())
         for position in mine:
             if count == settings.recordings_per_shard or size + nbytes[position] > settings.max_mb * 1024**2:
                 number, count, size = number + 1, 0, 0
-            names[position] = shard_name(split, number)
+                name = shard_name(split, number)
+            names[position] = name
             count, size = count + 1, size + nbytes[position]
     return pd.Series(names, index=table.index, dtype="string")
 
