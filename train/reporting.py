@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 # Peak dense bf16 rates (FLOP/s) from the makers' data sheets; model FLOPs utilisation is reported only where known.
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+BOARD = "TensorBoard's file"
 
 
 def peak_flops() -> float | None:
@@ -53,7 +55,8 @@ class Reporter:
         self._file = self.path.open("ab", buffering=0)
         self._unwritten = b""
         self._board: Any = None
-        self._attempt("TensorBoard's file", lambda: self._open_board(folder))
+        self._other_threads, threading.excepthook = threading.excepthook, self._thread_failed
+        self._attempt(BOARD, lambda: self._open_board(folder))
         self._started = time.perf_counter()
         self._bar: Any = None
         if sys.stderr.isatty():
@@ -85,9 +88,12 @@ class Reporter:
         try:
             write()
         except OSError as error:
-            if what not in self._failed:
-                self._failed.add(what)
-                logger.warning("%s cannot be written: %s; training goes on", what, error)
+            self._say(what, error)
+
+    def _say(self, what: str, error: OSError) -> None:
+        if what not in self._failed:
+            self._failed.add(what)
+            logger.warning("%s cannot be written: %s; training goes on", what, error)
 
     def _write_lines(self) -> None:
         while self._unwritten:  # also what could not be written before
@@ -98,7 +104,7 @@ class Reporter:
         self._unwritten += f"{json.dumps({'step': step, **metrics})}\n".encode()
         self._attempt(str(self.path), self._write_lines)
         for name, value in metrics.items() if self._board is not None else ():
-            self._attempt("TensorBoard's file", partial(self._board.add_scalar, name, value, step))
+            self._attempt(BOARD, partial(self._board.add_scalar, name, value, step))
         shown = {k: metrics[k] for k in ("loss", "val_r2", "windows_per_s") if k in metrics}
         text = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         if self._bar is not None:
@@ -111,8 +117,17 @@ class Reporter:
 
     def picture(self, step: int, name: str, example: Example | None) -> None:
         """Show one validation window of a data set, as measured and as rebuilt."""
-        if example is not None:
-            self._board.add_figure(f"reconstruction/{name}", draw_example(example), step)
+        if example is not None and self._board is not None and BOARD not in self._failed:
+            figure = draw_example(example)
+            self._attempt(BOARD, partial(self._board.add_figure, f"reconstruction/{name}", figure, step))
+
+    def _thread_failed(self, failed: threading.ExceptHookArgs) -> None:
+        """Take the errors of TensorBoard's own thread, which writes the file and which nobody else listens to."""
+        error = failed.exc_value
+        if isinstance(error, OSError) and type(failed.thread).__module__.startswith("tensorboard."):
+            self._say(BOARD, error)
+        else:
+            self._other_threads(failed)
 
     def __enter__(self) -> Reporter:
         return self
@@ -122,6 +137,7 @@ class Reporter:
     ) -> None:
         self._file.close()
         if self._board is not None:
-            self._attempt("TensorBoard's file", self._board.close)
+            self._attempt(BOARD, self._board.close)
+        threading.excepthook = self._other_threads
         if self._bar is not None:
             self._bar.close()
