@@ -19,6 +19,7 @@ BASELINE_NAMES = {
     "mean": "mean",
     "interpolation": "linear interpolation",
     "gaussian": "Gaussian conditional (per timepoint)",
+    "gaussian space x time": "Gaussian conditional (space x time)",
     "gaussian adapted": "Gaussian conditional (adapted to the subject)",
     "gaussian kronecker": "Gaussian conditional (space × time)",
     "autoregression": "autoregression (per parcel)",

@@ -13,6 +13,7 @@ from brainlm.errors import ConfigError, DataError
 from eval.baselines.gaussian import Gaussian
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Interpolation, Mean
+from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
 from eval.masks import random_mask
 from eval.models import Method, MethodSpec, load_network
@@ -32,6 +33,8 @@ class ReconstructionSettings(Section):
     shrinkages: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
     own_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     """Of the baseline ``gaussian adapted``; empty leaves that baseline out."""
+    noises: tuple[float, ...] = (0.03, 0.1, 0.3, 0.6)
+    """Shares of private noise of the baseline ``gaussian space x time``; empty leaves that baseline out."""
     num_tuning_windows: int = 8
     num_examples: int = 3
     """Windows whose predictions are kept for figures, at the middle mask ratio."""
@@ -45,8 +48,8 @@ class ReconstructionSettings(Section):
             )
         if not self.centrings or not self.shrinkages:
             raise ConfigError("reconstruction: centrings and shrinkages must not be empty")
-        if any(not 0 < weight < 1 for weight in self.shrinkages + self.own_weights):
-            raise ConfigError("reconstruction: shrinkages and own_weights must lie between 0 and 1")
+        if any(not 0 < weight < 1 for weight in self.shrinkages + self.own_weights + self.noises):
+            raise ConfigError("reconstruction: shrinkages, own_weights and noises must lie between 0 and 1")
         if self.max_windows_per_recording < 1 or self.num_tuning_windows < 1 or self.num_examples < 0:
             raise ConfigError("reconstruction: numbers of windows must be at least 1")
 
@@ -76,7 +79,9 @@ class Reconstruction:
         return self.settings.reference
 
     def baselines(self, cohort: Cohort) -> list[MethodSpec]:
-        names = ["mean", "interpolation", "gaussian"] + ["gaussian adapted"] * bool(self.settings.own_weights)
+        names = ["mean", "interpolation", "gaussian"]
+        names += ["gaussian space x time"] * bool(self.settings.noises)
+        names += ["gaussian adapted"] * bool(self.settings.own_weights)
         specs = [MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1") for name in names]
         if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
             specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1"))
@@ -91,6 +96,8 @@ class Reconstruction:
             return load_network(spec, runtime.untrained_seed, runtime.device)
         if spec.name == "optimum":
             return Optimum(cohort.dataset)
+        if spec.name == "gaussian space x time":
+            return SpaceTimeGaussian(contract, settings.shrinkages, settings.noises, settings.num_tuning_windows)
         if spec.name.startswith("gaussian"):
             own_weights = settings.own_weights if spec.name == "gaussian adapted" else ()
             return Gaussian(contract, settings.shrinkages, own_weights, settings.num_tuning_windows)

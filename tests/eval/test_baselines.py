@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -9,6 +11,7 @@ from brainlm.testing import synthetic_atlas, write_synthetic_dataset
 from eval.baselines.autoregressive import Autoregressive, forecast, yule_walker
 from eval.baselines.gaussian import Gaussian, conditional_weights, group_covariance
 from eval.baselines.simple import Interpolation, Persistence
+from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import Cohort, WindowRef
 
 REF = WindowRef("test", 0, "sub-test000_task-rest", 0)
@@ -68,6 +71,50 @@ def test_group_covariance_is_positive_semidefinite_when_parcels_are_missing_here
     dataset = write_synthetic_dataset(str(tmp_path / "data"), missing=missing, num_timepoints=50)
     covariance = group_covariance(Cohort.of(dataset), dataset.contract)
     assert np.linalg.eigvalsh(covariance).min() > -1e-9
+
+
+def test_space_time_gaussian_equals_the_conditional_mean_of_the_whole_covariance(
+    dataset: Dataset, rng: np.random.Generator
+) -> None:
+    P, W, patch_len = dataset.contract.atlas.num_parcels, 40, 10
+    method = SpaceTimeGaussian(dataset.contract, (0.1,), (0.2,))
+    method.set_covariance(random_covariance(rng, P))
+    lags = np.abs(np.subtract.outer(np.arange(W), np.arange(W)))
+    method.in_time = 0.8**lags
+    method.set_noise(0.2)
+    windows = rng.standard_normal((1, P, W)).astype(np.float32)
+    mask = rng.random((1, P * W // patch_len)) < 0.5
+    present = np.ones((1, P), dtype=bool)
+    present[0, 5] = False
+    got = method.reconstruct(windows, mask, present, [REF])[0] - method.zero_z[:, None]
+
+    assert method.noise_P is not None
+    np.testing.assert_allclose(np.diag(method.process_cov) + method.noise_P, np.diag(method.covariance), rtol=0.02)
+    whole = np.kron(method.process_cov, method.in_time) + np.kron(np.diag(method.noise_P), np.eye(W))
+    hidden_PW = np.repeat(mask.reshape(P, -1), patch_len, axis=1)
+    hidden = np.flatnonzero(hidden_PW & present[0][:, None])
+    visible = np.flatnonzero(~hidden_PW & present[0][:, None])
+    x = (windows[0] - method.zero_z[:, None]).ravel()
+    expected = conditional_weights(whole, visible, hidden) @ x[visible]
+    np.testing.assert_allclose(got.ravel()[hidden], expected, atol=5e-3)
+    np.testing.assert_allclose(got.ravel()[visible], x[visible], atol=1e-5)
+
+
+def test_space_time_gaussian_finds_the_planted_correlation_in_time_and_uses_it(tmp_path: Path) -> None:
+    """Latent networks are AR(1) with 0.95, under much private white noise: their past and future help."""
+    dataset = write_synthetic_dataset(
+        str(tmp_path / "data"), num_subjects={"train": 12, "val": 4, "test": 4}, num_timepoints=200,
+        censored={"sub-train001_task-rest": ((20, 60),)}, phi=0.95, noise=2.0,
+    )  # fmt: skip
+    cohort = Cohort.of(dataset)
+
+    def error(method: Gaussian) -> float:
+        method.fit(cohort)
+        return method._tuning_error(cohort)
+
+    space_time = SpaceTimeGaussian(dataset.contract, (0.01, 0.1), (0.1, 0.3, 0.6, 0.8))
+    assert error(space_time) < 0.95 * error(Gaussian(dataset.contract, (0.01, 0.1)))
+    np.testing.assert_allclose(space_time.in_time[0, :6], 0.95 ** np.arange(6), atol=0.08)  # centring takes a little
 
 
 def test_an_adapted_covariance_helps_a_subject_unlike_the_group(rng: np.random.Generator, dataset: Dataset) -> None:

@@ -18,6 +18,7 @@ from eval.baselines.autoregressive import Autoregressive
 from eval.baselines.gaussian import Gaussian, group_covariance, random_mask
 from eval.baselines.optimum import Optimum
 from eval.baselines.simple import Interpolation, Mean, Persistence
+from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import Cohort, Window
 from eval.features import functional_connectivity, recording_windows
 from eval.models import Method, MethodSpec, Network
@@ -130,6 +131,7 @@ def fitted(name: str, cohort: Cohort) -> Method:
         "autoregression": lambda: Autoregressive(contract, (1, 3), 20),
         "gaussian": lambda: Gaussian(contract, (0.1,)),
         "gaussian adapted": lambda: Gaussian(contract, (0.1,), (0.3,)),
+        "gaussian space x time": lambda: SpaceTimeGaussian(contract, (0.1,), (0.3,)),
         "optimum": lambda: Optimum(cohort.dataset),
         "network": lambda: Network(small_model(contract)),
     }[name]()
@@ -139,7 +141,18 @@ def fitted(name: str, cohort: Cohort) -> Method:
 
 @pytest.mark.parametrize(
     ("name", "forecast"),
-    [(n, False) for n in ("mean", "interpolation", "gaussian", "gaussian adapted", "optimum", "network")]
+    [
+        (n, False)
+        for n in (
+            "mean",
+            "interpolation",
+            "gaussian",
+            "gaussian adapted",
+            "gaussian space x time",
+            "optimum",
+            "network",
+        )
+    ]
     + [(n, True) for n in ("mean", "persistence", "autoregression", "optimum", "network")],
 )
 def test_only_measured_hidden_values_are_scored_and_all_are_answered(

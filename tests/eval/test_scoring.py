@@ -12,6 +12,7 @@ from brainlm.testing import small_model
 from eval.baselines.gaussian import Gaussian, random_mask
 from eval.baselines.optimum import Optimum
 from eval.baselines.simple import Interpolation, Mean
+from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import Cohort, Window
 from eval.intervals import metric_value
 from eval.models import Method, Network
@@ -71,6 +72,7 @@ def fitted(name: str, cohort: Cohort) -> Method:
         "interpolation": lambda: Interpolation(contract),
         "gaussian": lambda: Gaussian(contract, (0.1,)),
         "gaussian adapted": lambda: Gaussian(contract, (0.1,), (0.3,)),
+        "gaussian space x time": lambda: SpaceTimeGaussian(contract, (0.1,), (0.3,)),
         "optimum": lambda: Optimum(cohort.dataset),
         "network": lambda: Network(small_model(cohort.dataset.contract)),
     }[name]()
@@ -78,7 +80,7 @@ def fitted(name: str, cohort: Cohort) -> Method:
     return method
 
 
-ALL_METHODS = ("mean", "interpolation", "gaussian", "gaussian adapted", "optimum", "network")
+ALL_METHODS = ("mean", "interpolation", "gaussian", "gaussian adapted", "gaussian space x time", "optimum", "network")
 
 
 @pytest.mark.parametrize("name", ALL_METHODS)
