@@ -566,3 +566,21 @@ def test_not_a_number_is_never_written_as_json(tmp_path: Path) -> None:
 def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"1234")
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(b"1234").hexdigest()
+
+
+def test_a_large_file_appears_when_it_is_whole_and_leaves_nothing_when_it_fails(store: Store) -> None:
+    store.write_bytes("a/large", b"old")
+    with store.new_file("a/large") as path:
+        path.write_bytes(b"new")
+        assert store.read_bytes("a/large") == b"old"
+    assert store.read_bytes("a/large") == b"new"
+
+    def half() -> None:
+        with store.new_file("a/large") as path:
+            path.write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
+    assert store.read_bytes("a/large") == b"new"
+    assert store.names("a", temporary=True) == ["large"]
