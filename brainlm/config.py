@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -175,22 +176,32 @@ def config_hash(tree: Any) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def parse_entry_args(description: str, argv: list[str] | None) -> argparse.Namespace:
+def parse_entry_args(
+    description: str, argv: list[str] | None, flags: Mapping[str, str] | None = None
+) -> argparse.Namespace:
     """Parse what every entry takes: ``--config PATH``, ``--dry-run`` and dotted overrides.
 
     ``--local_rank`` is what the DeepSpeed launcher puts before our arguments; it is accepted and not used, because
     the rank is read from the environment.
 
+    Parameters
+    ----------
+    flags : mapping, optional
+        Name -> help of settings that this entry also takes as ``--name VALUE [VALUE ...]``. Overrides that follow the
+        values are among them: an entry divides them.
+
     Returns
     -------
     argparse.Namespace
-        ``config`` (str or None), ``dry_run`` (bool), ``overrides`` (list of str).
+        ``config`` (str or None), ``dry_run`` (bool), ``overrides`` (list of str), and each flag (list of str or None).
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", metavar="PATH", help="YAML file with the settings")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved settings and what would be done; do nothing"
     )
+    for name, text in (flags or {}).items():
+        parser.add_argument(f"--{name}", nargs="+", metavar="VALUE", help=text)
     parser.add_argument("--local_rank", "--local-rank", type=int, default=None, help=argparse.SUPPRESS)
     parser.add_argument(
         "overrides", nargs="*", metavar="section.key=value", help="settings that replace those of the file"

@@ -21,7 +21,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from brainlm.censoring import kept_timepoints
 from brainlm.dataset import Dataset, Split
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
@@ -225,15 +224,7 @@ def read_recordings(dataset: Dataset, split: Split = "train", max_recordings: in
     reader = dataset.split(split)
     count = min(max_recordings, len(reader))
     for index in np.linspace(0, len(reader) - 1, count).round().astype(int).tolist() if count else ():
-        entry = reader.entries[index]
-        yield Recording(
-            recording_id=entry.recording_id,
-            subject=entry.subject,
-            bold=reader.recording(index),
-            tr_s=entry.tr_s,
-            keep_mask=kept_timepoints(entry.censored, entry.num_timepoints),
-            coverage=reader.present(index).astype(np.float32),
-        )
+        yield reader.as_recording(index)
 
 
 def _amplitude_ratio(centred: NDArray[np.float32], contract: InputContract) -> float:

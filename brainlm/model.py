@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from brainlm.config import Section
-from brainlm.embedding import Embedding, RecordingEmbedding, embed_recording
+from brainlm.embedding import Embedding, RecordingEmbedding, embed_recording, embedding_of
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.layers import Attention, Block
@@ -486,12 +486,7 @@ class BrainLM(nn.Module):
         Embedding
             ``cls (B, D)`` and ``pooled (B, D)``, the mean over the tokens of present parcels.
         """
-        encoded = self.encode_grid(*self.seen(windows))
-        tokens = encoded.latent[:, 1:]
-        if encoded.valid is None:
-            return Embedding(encoded.latent[:, 0], tokens.mean(dim=1))
-        valid = encoded.valid[:, 1:, None]
-        return Embedding(encoded.latent[:, 0], tokens.masked_fill(~valid, 0).sum(dim=1) / valid.sum(dim=1))
+        return embedding_of(self.encode_grid(*self.seen(windows)))
 
     def embed(
         self,
@@ -503,6 +498,7 @@ class BrainLM(nn.Module):
         statistics: Statistics = "contract",
         native_tr: bool = False,
         batch_size: int = 8,
+        per_parcel: bool = False,
     ) -> RecordingEmbedding:
         """Embed a recording, one row a window, nothing hidden. See `brainlm.embedding.embed_recording`."""
         return embed_recording(
@@ -514,6 +510,7 @@ class BrainLM(nn.Module):
             statistics=statistics,
             native_tr=native_tr,
             batch_size=batch_size,
+            per_parcel=per_parcel,
         )
 
     def forecast(

@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 
 from brainlm.censoring import kept_timepoints
 from brainlm.errors import DataError
+from brainlm.recording import Recording
 from brainlm.shard_index import (
     FORMAT_VERSION,
     HEAD,
@@ -249,6 +250,22 @@ class SplitReader:
     def recording(self, index: int) -> NDArray[np.float32]:
         """Return a whole recording: shape (T, P), float32, centred per parcel, not scaled."""
         return self.window(index, 0, self.entries[index].num_timepoints)
+
+    def as_recording(self, index: int) -> Recording:
+        """Return a whole recording as a model is given it: ids, TR, series, kept timepoints, missing parcels."""
+        entry = self.entries[index]
+        return Recording(
+            recording_id=entry.recording_id,
+            subject=entry.subject,
+            session=entry.session,
+            task=entry.task,
+            run=entry.run,
+            site=entry.site,
+            bold=self.recording(index),
+            tr_s=entry.tr_s,
+            keep_mask=kept_timepoints(entry.censored, entry.num_timepoints),
+            coverage=self.present(index).astype(np.float32),
+        )
 
     def present(self, index: int) -> NDArray[np.bool_]:
         """Return shape (P,): False where this recording's parcel carries no signal."""

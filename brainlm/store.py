@@ -19,7 +19,6 @@ import json
 import logging
 import os
 import random
-import shutil
 import ssl
 import tempfile
 import time
@@ -232,12 +231,32 @@ class Store:
             whole = data if isinstance(data, bytes) else bytes(data)
             self._try("write", name, lambda: self.fs.pipe_file(path, whole))
 
-    def write_file(self, name: str, local: Path) -> None:
-        """Write a copy of a file on local disk, as `write_bytes` does; it is in memory only on its way elsewhere."""
+    @contextmanager
+    def new_file(self, name: str) -> Iterator[Path]:
+        """Give a path on local disk to write a large file to, which appears in the store when the block ends.
+
+        What is written is never whole in memory. A block that ends with an error leaves nothing. A remote file waits in
+        a temporary folder (``$TMPDIR``) for its upload.
+        """
+        path = self.path(name)
         if self.is_local:
-            self._try("write", name, lambda: _write_local(self.path(name), local))
-        else:
-            self.write_bytes(name, local.read_bytes())
+            with self._try("write", name, lambda: _open_temporary(path)) as file:
+                try:
+                    file.truncate(0)
+                    yield Path(file.name)
+                    os.fsync(file.fileno())
+                    os.replace(file.name, path)
+                except BaseException as error:
+                    with suppress(OSError):
+                        os.unlink(file.name)
+                    if isinstance(error, OSError) and not isinstance(error, StoreError):
+                        raise StoreError(f"cannot write {self.url_of(name)}: {_in_words(error)}") from error
+                    raise
+            return
+        with tempfile.TemporaryDirectory(prefix="brainlm-") as folder:
+            local = Path(folder) / name.rsplit("/", 1)[-1]
+            yield local
+            self._try("write", name, lambda: self.fs.put_file(str(local), path))
 
     def read_json(self, name: str) -> Any:
         try:
@@ -462,36 +481,33 @@ def _version(info: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(info.get(key) for key in ("size", "ETag", "etag", "LastModified", "mtime", "updated", "generation"))
 
 
-def _write_local(path: str, data: bytes | bytearray | memoryview | Path) -> None:
+def _write_local(path: str, data: bytes | bytearray | memoryview) -> None:
     """Write beside the file, then rename.
 
     The name beside it is always the same, so that a re-run takes over what a killed process left; a lock keeps two
     writers of one file apart. Where there are no locks, each writer has a name of its own.
     """
+    with _open_temporary(path) as file:
+        try:
+            file.truncate(0)
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.replace(file.name, path)
+        except BaseException:
+            with suppress(OSError):
+                os.unlink(file.name)
+            raise
+
+
+def _open_temporary(path: str) -> Any:
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    temporary = path + TEMPORARY
     try:
-        file = _open_locked(temporary)
+        return _open_locked(path + TEMPORARY)
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        temporary = f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}"
-        file = open(temporary, "wb")  # noqa: SIM115
-    with file:
-        try:
-            file.truncate(0)
-            if isinstance(data, Path):
-                with open(data, "rb") as source:
-                    shutil.copyfileobj(source, file)
-            else:
-                file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(temporary)
-            raise
+        return open(f"{path}.{uuid.uuid4().hex[:8]}{TEMPORARY}", "wb")
 
 
 def _open_locked(path: str) -> Any:

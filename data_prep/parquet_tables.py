@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import io
-import tempfile
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -96,8 +94,8 @@ def write_parquet(store: Store, name: str, table: Table) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    with tempfile.TemporaryDirectory(prefix="brainlm-") as folder:
-        path, writer = Path(folder) / "table.parquet", None
+    writer = None
+    with store.new_file(name) as path:
         # What is in memory is converted as one: a part of a column need not show its type.
         for block in [table] if isinstance(table, pd.DataFrame) else table.blocks(ROWS_PER_GROUP):
             arrow = pyarrow.Table.from_pandas(block, preserve_index=False).replace_schema_metadata(None)
@@ -109,7 +107,6 @@ def write_parquet(store: Store, name: str, table: Table) -> None:
             give_back_memory()
         assert writer is not None
         writer.close()
-        store.write_file(name, path)
 
 
 def read_parquet(store: Store, name: str) -> pd.DataFrame:

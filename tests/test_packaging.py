@@ -21,6 +21,7 @@ UNKNOWN = {
     "data_prep/prepare.py": ("data_prep/configs/demo.yaml", "source.no_such_key"),
     "train/pretrain.py": ("train/configs/demo.yaml", "optimizer.no_such_key"),
     "eval/run.py": ("eval/configs/demo.yaml", "intervals.no_such_key"),
+    "eval/extract.py": ("eval/configs/demo_embeddings.yaml", "ray.no_such_key"),
     "eval/verdict.py": ("eval/configs/demo_verdict.yaml", "no_such_key"),
     "cluster/pipeline.py": ("cluster/configs/demo.yaml", "no_such_key"),
 }

@@ -12,6 +12,7 @@ from brainlm.config import load_config
 from cluster.pipeline import PipelineSettings
 from data_prep.settings import PrepareSettings
 from data_prep.simulated_cohort import SimulateConfig
+from eval.extract_settings import ExtractSettings
 from eval.settings import EvalSettings
 from eval.verdict import VerdictSettings
 from train.settings import PretrainSettings, check_settings
@@ -60,6 +61,8 @@ def test_every_config_is_accepted_and_says_what_it_is_for(path: Path) -> None:
         cls = SimulateConfig
     elif path.name.endswith("_verdict.yaml"):
         cls = VerdictSettings
+    elif path.name.endswith("_embeddings.yaml"):
+        cls = ExtractSettings
     settings = load_config(cls, ROOT / path)
     if isinstance(settings, PretrainSettings):
         check_settings(settings, world_size=2)

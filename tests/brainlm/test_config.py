@@ -192,6 +192,12 @@ def test_entries_accept_the_launchers_rank_before_their_own_arguments() -> None:
     assert (args.config, args.dry_run, args.overrides) == ("a.yaml", True, ["b.c=1", "d=2"])
 
 
+def test_an_entry_may_take_settings_as_flags_too() -> None:
+    args = parse_entry_args("text", ["--data", "a", "b", "--out", "c", "--dry-run", "d=2"], {"data": "", "out": ""})
+    assert (args.data, args.out, args.overrides) == (["a", "b"], ["c"], ["d=2"])
+    assert parse_entry_args("text", [], {"data": ""}).data is None
+
+
 def test_entries_need_no_arguments() -> None:
     args = parse_entry_args("text", [])
     assert (args.config, args.dry_run, args.overrides) == (None, False, [])

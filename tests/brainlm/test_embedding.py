@@ -18,7 +18,7 @@ from brainlm.model import BrainLM, ModelConfig
 from brainlm.recording import Recording
 from brainlm.scaling import robust_statistics
 from brainlm.testing import synthetic_atlas
-from brainlm.windows import Windows
+from brainlm.windows import Windows, cut_windows
 
 P, W, PATCH, T = 7, 20, 5, 53
 
@@ -285,3 +285,37 @@ def test_any_model_with_a_contract_is_read_in_evaluation_mode_and_left_as_it_was
     np.testing.assert_allclose(found.cls, expected, atol=1e-3)
     assert torch.is_grad_enabled()
     assert model.gain.grad is None
+
+
+def test_parcels_are_the_means_over_their_tokens_and_missing_ones_are_nan() -> None:
+    model = model_of(contract_of())
+    coverage = np.ones(P, dtype=np.float32)
+    coverage[2] = 0
+    recording = recording_of(coverage=coverage, keep_mask=censored(T, (3, 7), (25, 40)))
+    found, plain = model.embed(recording, per_parcel=True), model.embed(recording)
+    np.testing.assert_array_equal(found.cls, plain.cls)
+    np.testing.assert_array_equal(found.pooled, plain.pooled)
+    assert plain.parcels is None
+    assert plain.mean_parcels is None
+    assert found.parcels is not None
+    assert found.parcels.shape == (3, P, 16)
+    assert found.num_parcels == P - 1
+    np.testing.assert_array_equal(np.isnan(found.parcels).all(axis=(0, 2)), np.arange(P) == 2)
+    # Window by window, by hand: the patches of a parcel that were measured.
+    windows = cut_windows(recording, model.contract)
+    with torch.no_grad():
+        for i in range(3):
+            encoded = model.encode_grid(*model.seen(windows[i : i + 1]))
+            rows = encoded.ids_keep[0] // (W // PATCH)
+            for parcel in set(range(P)) - {2}:
+                expected = encoded.latent[0, 1:][rows == parcel].mean(dim=0)
+                np.testing.assert_allclose(found.parcels[i, parcel], expected, rtol=0, atol=1e-5)
+    assert found.mean_parcels is not None
+    expected_mean = np.average(found.parcels, axis=0, weights=found.num_kept)
+    np.testing.assert_allclose(found.mean_parcels, expected_mean, rtol=0, atol=1e-6)
+
+
+def test_single_parcels_are_refused_where_they_share_tokens() -> None:
+    model = model_of(contract_of(), patch_parcels=2)
+    with pytest.raises(ConfigError, match="a token of this model holds 2 parcels"):
+        model.embed(recording_of(), per_parcel=True)

@@ -568,11 +568,19 @@ def test_sha256_of_a_file_is_that_of_its_bytes(tmp_path: Path) -> None:
     assert sha256_of_file(tmp_path / "a") == hashlib.sha256(b"1234").hexdigest()
 
 
-@pytest.mark.parametrize("kind", ["local", "memory"])
-def test_a_file_is_written_as_its_bytes_are(tmp_path, kind):
-    store = Store(tmp_path / "out" if kind == "local" else "memory://write_file")
-    (tmp_path / "source").write_bytes(b"x" * 100_000)
-    store.write_bytes("folder/file", b"before")
-    store.write_file("folder/file", tmp_path / "source")
-    assert store.read_bytes("folder/file") == b"x" * 100_000
-    assert store.names("folder", temporary=True) == ["file"]
+def test_a_large_file_appears_when_it_is_whole_and_leaves_nothing_when_it_fails(store: Store) -> None:
+    store.write_bytes("a/large", b"old")
+    with store.new_file("a/large") as path:
+        path.write_bytes(b"new")
+        assert store.read_bytes("a/large") == b"old"
+    assert store.read_bytes("a/large") == b"new"
+
+    def half() -> None:
+        with store.new_file("a/large") as path:
+            path.write_bytes(b"half")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        half()
+    assert store.read_bytes("a/large") == b"new"
+    assert store.names("a", temporary=True) == ["large"]

@@ -15,6 +15,7 @@ import torch
 from brainlm.input_contract import InputContract
 from brainlm.model import BrainLM, ModelConfig
 from brainlm.testing import synthetic_atlas, synthetic_system, write_synthetic_dataset
+from eval.extract import main as extract
 
 PAGE = Path(__file__).parents[2] / "docs/using_a_model.md"
 P, T = 12, 100
@@ -63,6 +64,9 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         checkpoint("CHECKPOINT")
         checkpoint("GROUPED", patch_parcels=4)
         write_synthetic_dataset("DATASET", num_subjects={"train": 3, "test": 1}, num_parcels=8, seed=1)
+        words = ["--checkpoint", "CHECKPOINT", "--data", "COHORT", "--out", "embeddings.parquet", "ray.workers=0"]
+        write_synthetic_dataset("COHORT", num_subjects={"train": 3, "test": 1}, num_parcels=P)
+        assert extract(words) == 0  # the page's first command, without Ray
         found: dict[str, Any] = {"truth": images(), "printed": io.StringIO()}
         text = PAGE.read_text()
         for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
@@ -77,6 +81,12 @@ def test_the_recording_is_what_was_written(names: dict[str, Any]) -> None:
     assert len(names["embedding"]) == 3
     assert names["embedding"].num_kept.tolist() == [37, 40, 20]
     assert names["embedding"].mean_pooled.shape == (16,)
+
+
+def test_the_table_of_a_cohort_is_read_as_the_page_says(names: dict[str, Any]) -> None:
+    assert names["features"].shape == (4, 16)
+    assert names["features"].dtype == np.float32
+    assert names["about"]["weights_sha256"] == names["model"].weights_sha256
 
 
 def test_hidden_values_and_whole_windows_are_as_the_page_says(names: dict[str, Any]) -> None:

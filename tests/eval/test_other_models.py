@@ -7,20 +7,24 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from brainlm.checkpoint import save_checkpoint
+from brainlm.contract_distance import read_recordings
 from brainlm.dataset import Dataset
 from brainlm.input_contract import InputContract
 from brainlm.model import BrainLM
 from brainlm.official import main as convert_main
 from brainlm.official_13m import NystromBrainLM
 from brainlm.official_config import NystromConfig
+from brainlm.published import PublishedModel
 from brainlm.store import Store
 from brainlm.testing import small_model, synthetic_atlas, write_synthetic_dataset
 from eval.cohort import Cohort, WindowRef
+from eval.extract import main as extract
 from eval.masks import random_mask
 from eval.models import Network
 from eval.results import read_scores
@@ -125,6 +129,23 @@ def test_a_published_model_of_single_parcels_is_scored_with_its_reservations(
     assert len(flags) >= 2  # the scale, and who was trained on
     assert all(set(flags) <= set(s.notes) for s in scores)
     assert "untrained" in {s.model for s in read_scores(Store(tmp_path / "out"))}
+
+
+def test_a_published_model_embeds_a_cohort(
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, out = published_folder(dataset, tmp_path / "published"), tmp_path / "table.parquet"
+    words = ["--checkpoint", str(folder), "--data", dataset.store.url, "--out", str(out), "ray.workers=0"]
+    assert extract([*words, "per_parcel=true"]) == 1
+    assert "published models are not asked for single parcels" in capsys.readouterr().err
+    assert extract(words) == 0
+    assert "seen_in_training is empty" in capsys.readouterr().out
+    table = pd.read_parquet(out)
+    assert table["seen_in_training"].isna().all()
+    model = PublishedModel.from_pretrained(str(folder))
+    test = table[table["split"] == "test"]
+    for vector, recording in zip(test["pooled"], read_recordings(dataset, "test"), strict=True):
+        np.testing.assert_array_equal(vector, model.embed(recording).mean_pooled)
 
 
 @pytest.mark.skipif(not FIXTURES.exists(), reason="the published models' fixtures are not there")
