@@ -28,10 +28,15 @@ from train.whole_state import WholeState, gather, gather_weights, restore
 
 T = TypeVar("T")
 WATCHDOG_NEEDS_S = 120.0
+MAX_BUCKET = 50_000_000  # gradients that DeepSpeed sums over ranks at a time
 
 
-def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that the settings mean."""
+def deepspeed_dict(settings: PretrainSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that the settings mean.
+
+    DeepSpeed allocates a buffer for as many gradients as are reduced at a time, whatever the model has: by default half
+    a billion.
+    """
     assert settings.engine.precision != "auto", "the entry resolves it (train.precision)"
     accumulation = micro_batches(settings, world_size)
     return {
@@ -40,7 +45,10 @@ def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": settings.optimizer.clip_grad_norm,
         "bf16": {"enabled": settings.engine.precision == "bf16"},
-        "zero_optimization": {"stage": settings.engine.zero_stage},
+        "zero_optimization": {
+            "stage": settings.engine.zero_stage,
+            "reduce_bucket_size": min(num_parameters, MAX_BUCKET),
+        },
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
@@ -83,7 +91,7 @@ class Engine:
         # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
         self._norm = float("nan")
-        self.config = deepspeed_dict(settings, world.size)
+        self.config = deepspeed_dict(settings, world.size, model.num_parameters)
         self._torch_optimizer = optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
             lr=settings.optimizer.peak_lr(settings.data.batch_size),
