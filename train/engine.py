@@ -156,11 +156,22 @@ class Engine:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Add numbers over all ranks; every rank gets the sums."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+
+    def all_reduce(self, sums: Tensor) -> None:
+        """Add a tensor on this rank's device over all ranks, in place. All ranks take part."""
         if self.world.size > 1:
-            torch.distributed.all_reduce(tensor)
-        sums = [float(v) for v in tensor.tolist()]
+            torch.distributed.all_reduce(sums)
         self._beat()
-        return sums
+
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of the ranks' values on every rank. All ranks take part."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        self._beat()
+        return float(tensor)
 
     def barrier(self) -> None:
         if self.world.size > 1:

@@ -13,7 +13,7 @@ from brainlm.world import World
 from train.engine import Engine
 from train.held_out import HeldOut
 from train.interruption import Interruption
-from train.reporting import Reporter, peak_flops
+from train.reporting import Reporter, peak_flops, peak_memory_gb
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
 from train.snapshots import Snapshots
@@ -115,6 +115,7 @@ def train(
                 "tflops_per_s": rate * mean_flops / 1e12,
                 "data_wait": loader.data_wait_s / since.elapsed_s,
                 "seconds_trained": state.seconds_trained,
+                "memory_gb": engine.max_over_ranks(peak_memory_gb()),
                 "num_skipped": state.num_skipped,
             }
             if peak is not None:
