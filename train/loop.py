@@ -6,6 +6,8 @@ import logging
 import math
 import time
 
+import torch
+
 from brainlm.errors import TrainingError
 from brainlm.loader import WindowLoader
 from brainlm.presets import flops_per_window
@@ -67,20 +69,21 @@ def train(
         num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
         lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
         engine.set_learning_rate(lr)
-        sums = [0.0, 0.0]
+        sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
         for number, cpu_batch in enumerate(batches):
             batch = cpu_batch.to(engine.device)
             kept = None if bool(cpu_batch.kept.all()) else batch.kept
             loss = engine.forward(batch.windows, batch.mask, batch.present, batch.ids_decoded, kept)
-            sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
+            sums += torch.stack([loss.sum.detach(), loss.target_sum.detach()])  # not read here: a GPU need not wait
             # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
-            scale = world.size * len(batches) / num_values
+            scale = torch.tensor(world.size * len(batches) / num_values, device=engine.device)
             if number + 1 == len(batches):
-                squared, target = engine.sum_over_ranks(sums)  # one rank's nan reaches all
-                if not math.isfinite(squared):
-                    scale = math.nan  # so that the gradient is not finite either, and nothing is updated
+                engine.all_reduce(sums)  # one rank's nan reaches all
+                # so that the gradient is not finite either, and nothing is updated
+                scale = scale.masked_fill(~sums[0].isfinite(), math.nan)
             engine.backward(loss.sum * scale)
             engine.micro_step()
+        squared, target = sums.tolist()
         gradient_norm = engine.gradient_norm()  # the same on all ranks
         if math.isfinite(gradient_norm):
             since.add(squared / num_values, target / num_values)
