@@ -36,6 +36,8 @@ from train.first_weights import first_weights, load_source
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.loop import train
+from train.memory import describe as describe_memory
+from train.memory import estimate
 from train.precision import resolve_precision
 from train.reporting import Reporter
 from train.settings import PretrainSettings, check_settings, micro_batches, num_steps
@@ -91,6 +93,7 @@ def plan(settings: PretrainSettings, world: World) -> str:
     ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
     flops = 3 * flops_per_window(config, model.num_parcels, ratio, settings.masks.num_decoded)
     parameters = model.num_parameters
+    on_gpu = torch.cuda.is_available()
     groups = f" in {model.num_rows} groups" if config.patch_parcels > 1 else ""
     grid = f"{model.num_parcels} parcels{groups} x {config.num_patches} patches"
     lines = [
@@ -101,7 +104,7 @@ def plan(settings: PretrainSettings, world: World) -> str:
         f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
         f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
         f"windows in the run    {_windows_in_run(settings, dataset)}",
-        f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
+        *describe_memory(estimate(settings, model, world.size, on_gpu=on_gpu), on_gpu),
         f"data set              {data}",
     ]
     return "\n".join(lines)
