@@ -29,10 +29,15 @@ from train.whole_state import WholeState, gather, gather_weights, restore
 
 T = TypeVar("T")
 WATCHDOG_NEEDS_S = 120.0
+MAX_BUCKET = 50_000_000  # gradients that DeepSpeed sums over ranks at a time
 
 
-def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that the settings mean."""
+def deepspeed_dict(settings: PretrainSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that the settings mean.
+
+    DeepSpeed allocates a buffer for as many gradients as are reduced at a time, whatever the model has: by default half
+    a billion.
+    """
     assert settings.engine.precision != "auto", "the entry resolves it (train.precision)"
     accumulation = micro_batches(settings, world_size)
     return {
@@ -43,6 +48,7 @@ def deepspeed_dict(settings: PretrainSettings, world_size: int) -> dict[str, Any
         "bf16": {"enabled": settings.engine.precision == "bf16"},
         "zero_optimization": {
             "stage": settings.engine.zero_stage,
+            "reduce_bucket_size": min(num_parameters, MAX_BUCKET),
             **({"offload_optimizer": {"device": "cpu"}} if settings.engine.offload_optimizer else {}),
         },
         "zero_force_ds_cpu_optimizer": False,  # ours is torch's, there too
@@ -91,7 +97,7 @@ class Engine:
         # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
         self._norm = float("nan")
-        self.config = deepspeed_dict(settings, world.size)
+        self.config = deepspeed_dict(settings, world.size, model.num_parameters)
         self._torch_optimizer = optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
             lr=settings.optimizer.peak_lr(settings.data.batch_size),
@@ -154,11 +160,22 @@ class Engine:
     def sum_over_ranks(self, values: list[float]) -> list[float]:
         """Add numbers over all ranks; every rank gets the sums."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        self.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+
+    def all_reduce(self, sums: Tensor) -> None:
+        """Add a tensor on this rank's device over all ranks, in place. All ranks take part."""
         if self.world.size > 1:
-            torch.distributed.all_reduce(tensor)
-        sums = [float(v) for v in tensor.tolist()]
+            torch.distributed.all_reduce(sums)
         self._beat()
-        return sums
+
+    def max_over_ranks(self, value: float) -> float:
+        """Return the largest of the ranks' values on every rank. All ranks take part."""
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.device)
+        if self.world.size > 1:
+            torch.distributed.all_reduce(tensor, op=torch.distributed.ReduceOp.MAX)
+        self._beat()
+        return float(tensor)
 
     def barrier(self) -> None:
         if self.world.size > 1:

@@ -14,7 +14,7 @@ from train.held_out import HeldOut, score_all
 from train.interruption import Interruption
 from train.mix import Mix
 from train.not_finite import suspects
-from train.reporting import Reporter, peak_flops
+from train.reporting import Reporter, peak_flops, peak_memory_gb
 from train.schedule import learning_rate_at
 from train.settings import PretrainSettings
 from train.snapshots import PATIENCE_S, Snapshots
@@ -97,9 +97,10 @@ def train(
                 "windows_per_s": rate,
                 "tokens_per_s": rate * tokens_per_window,
                 "tflops_per_s": rate * mean_flops / 1e12,
-                "data_wait": mix.data_wait_s / since.elapsed_s,
+                "data_wait": engine.max_over_ranks(mix.data_wait_s / since.elapsed_s),
                 "save_wait": since.saving_s / (since.saving_s + since.elapsed_s),
                 "seconds_trained": state.seconds_trained,
+                "memory_gb": engine.max_over_ranks(peak_memory_gb()),
                 "num_skipped": state.num_skipped,
             }
             if peak is not None:

@@ -17,16 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from brainlm.atlas import Atlas
-from brainlm.config import load_config, parse_entry_args, to_yaml
+from brainlm.config import load_config, parse_entry_args
 from brainlm.dataset import Dataset
-from brainlm.errors import BrainLMError, DataError, StoreError
-from brainlm.input_contract import InputContract
-from brainlm.model import BrainLM, ModelConfig
-from brainlm.presets import flops_per_window
+from brainlm.errors import BrainLMError, StoreError
 from brainlm.store import Store
 from brainlm.world import World, read_world
 from train.checkpoints import Checkpoints
@@ -41,12 +36,13 @@ from train.data import (
     train_subjects,
 )
 from train.engine import Engine
-from train.first_weights import FirstWeights, first_weights, load_source
+from train.first_weights import FirstWeights, first_weights
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.launcher import Launcher
 from train.loop import train
 from train.mix import Mix
+from train.plan import plan
 from train.precision import resolve_precision
 from train.reporting import Reporter
 from train.run_files import (
@@ -65,7 +61,6 @@ from train.state import TrainState
 from train.watchdog import EXIT_STATUS, LostRankError
 
 logger = logging.getLogger("pretrain")
-DEFAULT_NUM_PARCELS = 424  # of A424, the atlas of the paper; for --dry-run without a data set
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -99,67 +94,6 @@ def load_settings(path: str, overrides: list[str], world: World) -> PretrainSett
     check_settings(settings, world.size)
     check_combination(settings.engine)
     return settings
-
-
-def plan(settings: PretrainSettings, world: World) -> str:
-    """Return the resolved settings and what they amount to, as text; for 424 parcels where there is no data set yet."""
-    config = settings.model.resolved if settings.init_from is None else load_source(settings).config
-    datasets: list[Dataset] = []
-    try:
-        datasets = open_datasets(settings)
-    except (DataError, StoreError) as error:
-        contract = blank_contract(DEFAULT_NUM_PARCELS, config)
-        data = f"not there yet, {DEFAULT_NUM_PARCELS} parcels assumed ({error})"
-    else:
-        check_parcels(datasets, config)
-        contract = datasets[0].contract
-        data = "; ".join(f"{dataset.name}, content {dataset.content_hash[:12]}" for dataset in datasets)
-    with torch.device("meta"):  # sizes alone, whatever they are
-        model = BrainLM(config, contract)
-    tokens = model.num_rows * config.num_patches
-    batch = settings.data.batch_size
-    ratio = sum(settings.masks.ratios) / len(settings.masks.ratios)
-    flops = 3 * flops_per_window(config, model.num_parcels, ratio, settings.masks.num_decoded)
-    parameters = model.num_parameters
-    groups = f" in {model.num_rows} groups" if config.patch_parcels > 1 else ""
-    grid = f"{model.num_parcels} parcels{groups} x {config.num_patches} patches"
-    lines = [
-        to_yaml(settings).rstrip(),
-        "",
-        f"parameters            {parameters:,}",
-        f"tokens per window     {tokens:,} ({grid})",
-        f"tokens per step       {tokens * batch:,} ({batch} windows on {world.size} ranks)",
-        f"FLOP per step         {flops * batch:.3g} (forward and backward, mask ratio {ratio:.2f})",
-        f"windows in the run    {_windows_in_run(settings, datasets)}",
-        f"bytes of weights      {4 * parameters:,} float32; with gradients and AdamW {16 * parameters:,}",
-        f"data set              {data}",
-    ]
-    return "\n".join(lines)
-
-
-def _windows_in_run(settings: PretrainSettings, datasets: Sequence[Dataset]) -> str:
-    data = settings.data
-    if not datasets and settings.run.epochs is not None:
-        return f"{settings.run.epochs:g} epochs"
-    per_epoch = sum(len(d.split("train")) * data.windows_per_recording // data.batch_size for d in datasets)
-    steps = num_steps(settings, per_epoch)
-    return f"{steps * data.batch_size:,} in {steps:,} steps"
-
-
-def blank_contract(num_parcels: int, config: ModelConfig) -> InputContract:
-    """Return a contract that knows nothing but sizes, for counting."""
-    ones = np.ones(num_parcels, dtype=np.float32)
-    atlas = Atlas(
-        name="none",
-        sha256="",
-        labels=np.arange(num_parcels),
-        parcel_names=tuple(str(i) for i in range(num_parcels)),
-        coords_mm=np.zeros((num_parcels, 3), dtype=np.float32),
-    )
-    return InputContract(
-        atlas=atlas, covered=ones > 0, median=0 * ones, iqr=ones, tr_s=1.0,
-        window_len=config.window_len, patch_len=config.patch_len,
-    )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

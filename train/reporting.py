@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
 import sys
 import threading
 import time
@@ -30,6 +31,18 @@ def peak_flops() -> float | None:
         return None
     name = torch.cuda.get_device_name()
     return next((rate for key, rate in PEAK_FLOPS.items() if key in name), None)
+
+
+def peak_memory_gb() -> float:
+    """Return the most memory that this process has had: on its GPU, by torch's allocator; without one, in all."""
+    import torch
+
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    if sys.platform == "linux":  # getrusage would count what the parent had when it began this process, too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # in bytes, on a Mac
 
 
 class Reporter:

@@ -38,7 +38,7 @@ def describe(settings: PretrainSettings, model: BrainLM, world: World) -> dict[s
         "num_parameters": model.num_parameters,
         "world_size": world.size,
         "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
-        "deepspeed": deepspeed_dict(settings, world.size),
+        "deepspeed": deepspeed_dict(settings, world.size, model.num_parameters),
         "config": to_tree(settings),
     }
 

@@ -6,6 +6,8 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
+
 from brainlm.loader import WindowBatch
 from train.engine import Engine
 
@@ -35,16 +37,17 @@ def train_step(engine: Engine, batches: Sequence[WindowBatch], learning_rate: fl
     (num_values,) = engine.sum_over_ranks([float(sum(batch.num_scored_values for batch in batches))])
     num_values = max(num_values, 1.0)  # all that is hidden may be censored: the loss is 0 then
     engine.set_learning_rate(learning_rate)
-    sums = [0.0, 0.0]
+    sums = torch.zeros(2, dtype=torch.float64, device=engine.device)
     for number, cpu_batch in enumerate(batches, start=1):
         loss = engine.forward(cpu_batch.to(engine.device))
-        sums = [sums[0] + float(loss.sum.detach()), sums[1] + float(loss.target_sum.detach())]
+        sums += torch.stack([loss.sum.detach(), loss.target_sum.detach()])  # not read here: a GPU need not wait
         # DeepSpeed averages over ranks and micro-batches; this makes it the mean over hidden values of the batch.
-        scale = engine.world.size * len(batches) / num_values
+        scale = torch.tensor(engine.world.size * len(batches) / num_values, device=engine.device)
         if number == len(batches):
-            sums = engine.sum_over_ranks(sums)  # one rank's nan reaches all
-            if not math.isfinite(sums[0]):
-                scale = math.nan  # so that the gradient is not finite either, and nothing is updated
+            engine.all_reduce(sums)  # one rank's nan reaches all
+            # so that the gradient is not finite either, and nothing is updated
+            scale = scale.masked_fill(~sums[0].isfinite(), math.nan)
         engine.backward(loss.sum * scale)
         engine.micro_step()
-    return Step(sums[0] / num_values, sums[1] / num_values, engine.gradient_norm())
+    squared, target = sums.tolist()
+    return Step(squared / num_values, target / num_values, engine.gradient_norm())

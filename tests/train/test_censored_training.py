@@ -12,7 +12,7 @@ from brainlm.testing import write_synthetic_dataset
 from tests.train.conftest import metrics, run
 
 RANGES = ((0, 4), (23, 31), (48, 52))
-TIMES = {"time", "windows_per_s", "tokens_per_s", "tflops_per_s", "mfu", "data_wait", "seconds_trained"}
+TIMES = {"time", "windows_per_s", "tokens_per_s", "tflops_per_s", "mfu", "data_wait", "seconds_trained", "memory_gb"}
 
 
 def test_what_is_stored_at_censored_timepoints_changes_nothing_in_training(

@@ -112,12 +112,12 @@ def test_only_matrices_of_linear_layers_decay(dataset_url: str) -> None:
 
 def test_the_deepspeed_dictionary_follows_from_the_settings() -> None:
     chosen = dataclasses.replace(settings(batch_size=16, micro_batch_size=2), engine=EngineSettings(precision="bf16"))
-    generated = deepspeed_dict(chosen, world_size=4)
+    generated = deepspeed_dict(chosen, world_size=4, num_parameters=1000)
     assert generated["train_batch_size"] == 16
     assert generated["train_micro_batch_size_per_gpu"] == 2
     assert generated["gradient_accumulation_steps"] == 2
     assert generated["bf16"] == {"enabled": True}
-    assert generated["zero_optimization"]["stage"] == 1
+    assert generated["zero_optimization"] == {"stage": 1, "reduce_bucket_size": 1000}
 
 
 def test_a_preset_keeps_its_sizes_where_none_are_given() -> None:
