@@ -12,10 +12,10 @@ Methods, each with the same windows a rank and step, mask ratio 0.75, AdamW, in 
 
 Data are simulated shards of 424 parcels on local disk, read by our loader in every method. Every measurement is a fresh
 process, and methods take turns. Time goes to: waiting for data, forward, backward, optimizer, communication
-(collectives of any of these), other. `lost` is what log lines, validation and snapshots would take of a run with the
-intervals of the configuration that is shipped for the case, computed from the time that the loop waited for each of
-them here. On a GPU the second half of the steps has a synchronisation around each part: shares are of these, rates of
-the first half.
+(collectives of any of these), other. `lost` is what log lines, pictures, validation and snapshots would take of a run
+with the intervals of the configuration that is shipped for the case, computed from the time that the loop waited for
+each of them here. On a GPU the second half of the steps has a synchronisation around each part: shares are of these,
+rates of the first half.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -63,7 +64,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NUM_PARCELS, WINDOW_LEN = 424, 200
 METHODS = ("ours", "ours-2ranks", "plain", "published")
 PARTS = ("data", "forward", "backward", "optimizer", "communication", "other")
-EVENTS = ("log", "validation", "snapshot")
+EVENTS = ("log", "picture", "validation", "snapshot")
 COLLECTIVES = (
     "all_reduce", "all_gather", "all_gather_into_tensor", "reduce_scatter_tensor", "reduce", "broadcast",
     "broadcast_object_list", "barrier",
@@ -216,6 +217,7 @@ def run_ours(clock: Clock, settings: PretrainSettings, model: BrainLM, mix: Mix)
     for name, part in (("forward", "forward"), ("backward", "backward"), ("micro_step", "optimizer")):
         clock.watch(Engine, name, part)
     clock.watch(Reporter, "log", "log")
+    clock.watch(Reporter, "picture", "picture")
     clock.watch(HeldOut, "score", "validation")
     clock.watch(Snapshots, "begin", "snapshot")
     held_out = build_held_out([dataset], model, settings)
@@ -327,10 +329,12 @@ def lost(case_name: str, seconds_per_window: float, events: dict[str, float]) ->
     """Return the share of a run that events take with the intervals of the shipped configuration."""
     shipped = load_config(PretrainSettings, str(ROOT / "train" / "configs" / CASES[case_name].shipped), [])
     validated = shipped.validation.max_recordings * shipped.validation.windows_per_recording / 2  # 2 a rank here
+    num_pictures = 2 + int(math.log2((shipped.run.steps or 1) / shipped.validation.every))
     a_step = (
         events["log"] / shipped.run.log_every
         + events["snapshot"] / shipped.run.snapshot_every
         + events["validation"] * validated / shipped.validation.every
+        + events["picture"] * num_pictures / (shipped.run.steps or 1)
     )
     return a_step / (a_step + seconds_per_window * shipped.data.batch_size)
 

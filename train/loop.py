@@ -115,7 +115,8 @@ def train(
             state.val_r2 = scores["val_r2"]
             is_best = state.best_val_r2 is None or state.val_r2 > state.best_val_r2
             state.best_val_r2 = state.val_r2 if is_best else state.best_val_r2
-            if reporter is not None:  # rank zero
+            number = state.step // settings.validation.every
+            if reporter is not None and (last or number & (number - 1) == 0):  # the 1st, 2nd, 4th, 8th ...: rank zero
                 for name, part in held_out.items():
                     reporter.picture(state.step, name, part.example)
             since.paused_s += time.perf_counter() - started

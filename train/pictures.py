@@ -29,15 +29,15 @@ def draw_example(example: Example) -> Figure:
 
     truth, hidden = example.truth, example.hidden
     rebuilt = np.where(hidden, example.rebuilt, truth)
-    figure = Figure(figsize=(12, 6), layout="constrained")
-    halves = figure.add_gridspec(2, 1, height_ratios=(3, 2))
+    figure = Figure(figsize=(12, 6.5), dpi=70)  # places are given, and pixels few: it is drawn while training waits
+    halves = figure.add_gridspec(2, 1, height_ratios=(3, 2), left=0.05, right=0.97, bottom=0.08, top=0.95, hspace=0.2)
     limit = float(np.nanpercentile(np.abs(truth), 98)) or 1.0
     panels = (("measured", truth), ("visible", np.where(hidden, np.nan, truth)), ("hidden ones rebuilt", rebuilt))
     axes = halves[0].subgridspec(1, 3).subplots(sharey=True, squeeze=False)[0]
     for ax, (title, values) in zip(axes, panels, strict=True):
         ax.set_facecolor("0.6")
         image = ax.imshow(values, aspect="auto", cmap="RdBu_r", vmin=-limit, vmax=limit, interpolation="nearest")
-        ax.set(title=title, xlabel="timepoint")
+        ax.set_title(title)
     axes[0].set_ylabel("parcel")
     figure.colorbar(image, ax=axes, label="contract units")
     answered = np.flatnonzero((hidden & np.isfinite(example.rebuilt)).any(axis=1))
@@ -48,5 +48,5 @@ def draw_example(example: Example) -> Figure:
             own = np.where(hidden[parcel], example.rebuilt[parcel], np.nan)
             ax.plot(own, color="tab:red", linewidth=1.5, label="rebuilt")
             ax.set(title=f"parcel {parcel} (from 0)", xlabel="timepoint")
-        figure.legend(*ax.get_legend_handles_labels(), loc="outside lower right", ncols=2)
+        ax.legend(fontsize=8, loc="upper right")
     return figure
