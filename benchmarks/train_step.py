@@ -123,7 +123,7 @@ class Clock:
                 return function(*args, **kwargs)  # all that an event does is the event's
             self._charge()
             self._open.append(part)
-            started = self._last
+            started, cpu_started = self._last, time.process_time()
             try:
                 return function(*args, **kwargs)
             finally:
@@ -131,6 +131,7 @@ class Clock:
                 self._open.pop()
                 if part in EVENTS:
                     self.events[part].append(self._last - started)
+                    self._cpu += time.process_time() - cpu_started  # no part of the step
 
         setattr(owner, name, watched)
 
