@@ -92,17 +92,25 @@ def test_a_stopped_withdrawal_is_finished_by_the_same_command(toy, made, monkeyp
     whole = tree | {"out": str(toy.folder / "whole")}
     assert toy.prepare(whole) == 0
     assert toy.prepare(whole, command) == 0
-    real, seen = Store.write_bytes, []
+    write_bytes, new_file, seen = Store.write_bytes, Store.new_file, []
 
-    def stopped(store, name, data):
+    def stop_here(name):
         seen.append(name)
         wanted = [found for found in seen if found.endswith(stop_at)]
         if len(wanted) == (2 if stop_at == "dataset.json" else 1) and name.endswith(stop_at):
             raise KeyboardInterrupt
-        real(store, name, data)
+
+    def stopped_bytes(store, name, data):
+        stop_here(name)
+        write_bytes(store, name, data)
+
+    def stopped_file(store, name):
+        stop_here(name)
+        return new_file(store, name)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Store, "write_bytes", stopped)
+        patch.setattr(Store, "write_bytes", stopped_bytes)
+        patch.setattr(Store, "new_file", stopped_file)
         assert toy.prepare(tree, command) == 130
     with pytest.raises(DataError, match="withdrawal of subjects was stopped"):
         open_dataset(tree["out"])
