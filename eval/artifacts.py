@@ -16,8 +16,8 @@ import pandas as pd
 
 from brainlm.atlas import Atlas
 from brainlm.config import to_tree
+from brainlm.intervals import bootstrap_counts, bootstrap_interval, metric_value
 from brainlm.store import Store
-from eval.intervals import bootstrap_counts, bootstrap_interval, metric_value
 from eval.models import MethodSpec
 from eval.planning import Plan
 from eval.scoring import r2

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.censoring import refill_censored
+from brainlm.intervals import Metric
 from brainlm.scaling import scale
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
-from eval.intervals import Metric
 from eval.models import Method
 
 Centring = Literal["recording", "visible"]

@@ -19,9 +19,9 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from brainlm.errors import StoreError
+from brainlm.intervals import Metric, bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
 from brainlm.store import Store
 from eval.cohort import Cohort
-from eval.intervals import Metric, bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
 from eval.models import MethodSpec
 from eval.results import Score, StatisticsFrom
 

@@ -8,13 +8,13 @@ import pytest
 
 from brainlm.dataset import Dataset
 from brainlm.input_contract import InputContract
+from brainlm.intervals import metric_value
 from brainlm.testing import small_model
 from eval.baselines.gaussian import Gaussian, random_mask
 from eval.baselines.optimum import Optimum
 from eval.baselines.simple import Interpolation, Mean
 from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import Cohort, Window
-from eval.intervals import metric_value
 from eval.models import Method, Network
 from eval.scoring import METRICS, Scored, expand_mask, predict_windows, r2, window_sums
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from eval.intervals import bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
+from brainlm.intervals import bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
 
 
 def mean(sums):  # type: ignore[no-untyped-def]
