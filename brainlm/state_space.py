@@ -176,6 +176,27 @@ class LinearStateSpace:
             states[t] = means[t] + covs[t] @ adjoint
         return states @ self.loading.T
 
+    def log_likelihood(
+        self, bold: ArrayLike, observed: ArrayLike | None = None, inputs: ArrayLike | None = None
+    ) -> float:
+        """Compute the log density of the observed entries: which of several systems made a series?
+
+        Parameters
+        ----------
+        bold, observed, inputs
+            As in `smooth`; `observed` None = all.
+        """
+        everything = np.ones(np.shape(bold), dtype=bool) if observed is None else observed
+        series, visible = self._check_series(bold, everything)
+        drive = self._check_inputs(inputs, len(series))
+        means, covs, shrinks, innovations, _ = self._filter(series, visible, drive)
+        error = np.where(visible, series - means @ self.loading.T, 0.0)
+        # Woodbury: the covariance of a timepoint is C cov C' + R, and shrink = (I + C' R^-1 C cov)^-1.
+        squares = float((error**2 / self.noise_var).sum())
+        squares -= float(np.einsum("ti,tij,tjk,tk->", innovations, covs, shrinks, innovations))
+        log_det = float((visible * np.log(self.noise_var)).sum()) - float(np.linalg.slogdet(shrinks)[1].sum())
+        return -0.5 * (squares + log_det + float(visible.sum()) * np.log(2 * np.pi))
+
     def forecast(
         self, bold: ArrayLike, horizon: int, inputs: ArrayLike | None = None, observed: ArrayLike | None = None
     ) -> FloatArray:

@@ -7,6 +7,7 @@ recordings can be made in any order and by any number of processes.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -172,10 +173,16 @@ def random_stream(seed: int, *names: object) -> np.random.Generator:
     return np.random.default_rng([seed, int.from_bytes(digest[:8], "little")])
 
 
-def plan_cohort(config: SimulateConfig) -> CohortPlan:
-    """Decide who is recorded, for how long, and from which systems."""
+def plan_cohort(config: SimulateConfig, subjects: Sequence[Subject] | None = None) -> CohortPlan:
+    """Decide who is recorded, for how long, and from which systems.
+
+    Parameters
+    ----------
+    subjects : sequence of Subject, optional
+        In place of those that are drawn: the same ids with other ages, say, of whom all else stays as it was.
+    """
     atlas = make_atlas(config.atlas, config.seed)
-    subjects = draw_subjects(config)
+    subjects = draw_subjects(config) if subjects is None else tuple(subjects)
     recordings = []
     for index, subject in enumerate(subjects):
         for task in ("rest", "checkerboard")[: 2 if index < config.cohort.num_task_subjects else 1]:

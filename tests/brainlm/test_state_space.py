@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import multivariate_normal
 
 from brainlm.errors import DataError
 from brainlm.state_space import LinearStateSpace, load_truth
@@ -76,6 +77,21 @@ def test_smoother_equals_the_dense_conditional_mean(process_rank: int, share_vis
     found = system.smooth(bold, observed, inputs)
     expected = dense_conditional(system, bold, observed, inputs, NUM_TIMEPOINTS)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("share_visible", [1.0, 0.5])
+def test_log_likelihood_equals_that_of_the_dense_normal(share_visible: float) -> None:
+    rng = np.random.default_rng(5)
+    system = random_system(2)
+    inputs = rng.standard_normal((NUM_TIMEPOINTS, NUM_STATES))
+    bold = system.simulate(NUM_TIMEPOINTS, rng, inputs)
+    observed = rng.random(bold.shape) < share_visible
+    flat = observed.ravel()
+    cov = dense_signal(system, NUM_TIMEPOINTS) + np.diag(np.tile(system.noise_var, NUM_TIMEPOINTS))
+    mean = dense_mean(system, inputs, NUM_TIMEPOINTS)
+    expected = multivariate_normal(mean[flat], cov[np.ix_(flat, flat)]).logpdf(bold.ravel()[flat])
+    hidden = np.where(observed, bold, np.nan)
+    assert system.log_likelihood(hidden, observed, inputs) == pytest.approx(expected, abs=1e-6)
 
 
 def test_forecast_equals_the_dense_conditional_mean() -> None:
