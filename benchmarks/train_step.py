@@ -41,6 +41,7 @@ import torch
 import train.loop
 from benchmarks.model import CASES as MODEL_CASES
 from benchmarks.model import make
+from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config
 from brainlm.dataset import open_dataset
 from brainlm.loader import WindowBatch
@@ -54,6 +55,7 @@ from train.engine import Engine
 from train.held_out import HeldOut
 from train.interruption import Interruption
 from train.mix import Mix
+from train.objective import rebuild_hidden
 from train.precision import resolve_precision
 from train.reporting import Reporter, peak_memory_gb
 from train.settings import PretrainSettings
@@ -213,7 +215,7 @@ def measure(case_name: str, method: str, folder: Path, steps: int) -> dict[str, 
 
 
 def run_ours(clock: Clock, settings: PretrainSettings, model: BrainLM, mix: Mix) -> None:
-    """Train as `train.pretrain.run` does."""
+    """Train as `train.run_training` does."""
     world, dataset = read_world(), open_dataset(settings.data.datasets[0])
     for name, part in (("forward", "forward"), ("backward", "backward"), ("micro_step", "optimizer")):
         clock.watch(Engine, name, part)
@@ -225,12 +227,17 @@ def run_ours(clock: Clock, settings: PretrainSettings, model: BrainLM, mix: Mix)
     engine = Engine(settings, model, world)
     out = Path(settings.run.out)
     out.mkdir(parents=True, exist_ok=True)
-    checkpoints = Checkpoints(Store(f"{out}/checkpoints"), model, {}, [], None)
+
+    def save(url: str, weights: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
+        return save_checkpoint(url, model, facts, [], weights)
+
+    checkpoints = Checkpoints(Store(f"{out}/checkpoints"), save)
     snapshots = Snapshots(engine, Store(f"{out}/snapshots"), 1, checkpoints)
     reporter = Reporter(out, settings.run.steps or 0, 0) if world.is_rank_zero else None
     interruption = Interruption().install()
     num_steps = settings.run.steps or 0
-    train.loop.train(engine, mix, held_out, TrainState(), settings, snapshots, num_steps, world, reporter, interruption)
+    objective = rebuild_hidden(model, mix, settings.masks, held_out)
+    train.loop.train(engine, objective, TrainState(), settings, snapshots, num_steps, world, reporter, interruption)
     snapshots.close()
     engine.barrier()
     engine.close()

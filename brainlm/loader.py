@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TypeVar
+from typing import Any, Self, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from brainlm.masking import MaskKind, make_mask, mask_generator
 from brainlm.ordering import rank_part, window_order
 from brainlm.read_ahead import read_ahead
 from brainlm.scaling import recording_mean
-from brainlm.shards import SplitReader
+from brainlm.shards import Recordings
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows, sample_hidden
 from brainlm.windows import Windows, own_positions
 
@@ -82,6 +82,10 @@ class WindowBatch:
             as_is=True,
         )  # fmt: skip
 
+    def inputs(self) -> dict[str, Any]:
+        """Return what `brainlm.model.BrainLM` is called with."""
+        return {"windows": self.as_windows(), "mask_BL": self.mask, "ids_decoded": self.ids_decoded}
+
     @property
     def num_scored_values(self) -> int:
         """Hidden values of present parcels at kept timepoints that the loss is over."""
@@ -93,11 +97,11 @@ class WindowBatch:
             counts = counts.gather(1, self.ids_decoded)
         return int(counts.sum())
 
-    def to(self, device: torch.device) -> WindowBatch:
+    def to(self, device: torch.device) -> Self:
         if device.type == "cpu":
             return self
         tensors = (getattr(self, field.name) for field in fields(self))
-        return WindowBatch(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
+        return type(self)(*(None if t is None else t.to(device) for t in tensors))  # type: ignore[arg-type]
 
 
 class WindowLoader:
@@ -105,7 +109,7 @@ class WindowLoader:
 
     Parameters
     ----------
-    reader : SplitReader
+    reader : Recordings
         Recordings to draw from. All must be at least one window long.
     contract : InputContract
         Scales the series; gives window and patch length.
@@ -124,7 +128,7 @@ class WindowLoader:
 
     def __init__(
         self,
-        reader: SplitReader,
+        reader: Recordings,
         contract: InputContract,
         masks: MaskSettings,
         *,

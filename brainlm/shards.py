@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,6 +134,25 @@ def write_shard(store: Store, name: str, tar: bytes, entries: Sequence[ShardEntr
         "num_bytes": len(tar),
         "sha256": index["sha256"],
     }
+
+
+class Recordings(Protocol):
+    """Recordings of a data set that can be read at random: those of a split, or chosen ones. See `SplitReader`."""
+
+    @property
+    def entries(self) -> Sequence[ShardEntry]: ...
+
+    def __len__(self) -> int: ...
+
+    def gather(self, rows: NDArray[np.int64], window_len: int, /) -> tuple[NDArray[Any], NDArray[np.float32]]: ...
+
+    def recording(self, index: int, /) -> NDArray[np.float32]: ...
+
+    def as_recording(self, index: int, /) -> Recording: ...
+
+    def present(self, index: int, /) -> NDArray[np.bool_]: ...
+
+    def kept(self, index: int, start: int, window_len: int, /) -> NDArray[np.bool_]: ...
 
 
 class SplitReader:

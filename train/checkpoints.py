@@ -11,15 +11,15 @@ the disk full, while it writes a better one keeps the one it had.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 
-from brainlm.checkpoint import CONFIG, save_checkpoint
-from brainlm.model import BrainLM
+from brainlm.checkpoint import CONFIG
 from brainlm.store import Store
-from brainlm.train_subjects import TrainSubjects
+
+Save = Callable[[str, dict[str, Tensor], dict[str, Any]], str]
 
 BEST = "best-step-"
 
@@ -31,25 +31,13 @@ class Checkpoints:
     ----------
     store : Store
         The folder of checkpoints.
-    model : BrainLM
-        Gives sizes and input contract.
-    manifest : mapping
-        Of the training run; what is true of the weights alone is added to it.
-    train_subjects : iterable of str
-    earlier : TrainSubjects, optional
-        Who the weights that training began with had been trained on.
+    save : callable
+        Takes the URL of a folder, float32 weights, and what is true of them alone; writes a checkpoint and returns what
+        identifies its weights.
     """
 
-    def __init__(
-        self,
-        store: Store,
-        model: BrainLM,
-        manifest: dict[str, Any],
-        train_subjects: Iterable[str],
-        earlier: TrainSubjects | None,
-    ) -> None:
-        self._store, self._model, self._manifest = store, model, manifest
-        self._subjects, self._earlier = sorted(set(train_subjects)), earlier
+    def __init__(self, store: Store, save: Save) -> None:
+        self._store, self._save = store, save
 
     def write(self, name: str, weights: dict[str, Tensor], counters: dict[str, Any]) -> tuple[str, str]:
         """Write a checkpoint; return its URL, and the sha256 of its weights.
@@ -61,8 +49,7 @@ class Checkpoints:
         """
         facts = {key: counters[key] for key in ("step", "windows_seen", "val_r2", "best_val_r2")}
         url = self._store.url_of(name)
-        sha256 = save_checkpoint(url, self._model, self._manifest | facts, self._subjects, weights, self._earlier)
-        return url, sha256
+        return url, self._save(url, weights, facts)
 
     def write_best(self, weights: dict[str, Tensor], counters: dict[str, Any]) -> None:
         """Write the checkpoint of a new best score, and remove those before it."""

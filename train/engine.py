@@ -16,14 +16,15 @@ from collections.abc import Iterator
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainlm.errors import ConfigError
+from brainlm.layers import Block
 from brainlm.loader import WindowBatch
 from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
 from train.param_groups import param_groups
-from train.settings import PretrainSettings, micro_batches
+from train.settings import TrainSettings, micro_batches
 from train.watchdog import LostRankError, Watchdog, is_of_a_link
 from train.whole_state import WholeState, gather, gather_weights, restore
 
@@ -32,7 +33,7 @@ WATCHDOG_NEEDS_S = 120.0
 MAX_BUCKET = 50_000_000  # gradients that DeepSpeed sums over ranks at a time
 
 
-def deepspeed_dict(settings: PretrainSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
+def deepspeed_dict(settings: TrainSettings, world_size: int, num_parameters: int) -> dict[str, Any]:
     """Return the DeepSpeed configuration that the settings mean.
 
     DeepSpeed allocates a buffer for as many gradients as are reduced at a time, whatever the model has: by default half
@@ -63,13 +64,14 @@ class Engine:
 
     Parameters
     ----------
-    settings : PretrainSettings
-    model : BrainLM
-        In float32, the same weights on every rank.
+    settings : TrainSettings
+    model : nn.Module
+        In float32, the same weights on every rank; called with a batch's inputs, it returns a `Loss`. Weights that need
+        no gradient stay as they are.
     world : World
     """
 
-    def __init__(self, settings: PretrainSettings, model: BrainLM, world: World) -> None:
+    def __init__(self, settings: TrainSettings, model: nn.Module, world: World) -> None:
         on_gpu = torch.cuda.is_available()
         if not on_gpu:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -89,15 +91,20 @@ class Engine:
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
             )
-        model.recompute_activations = settings.engine.activation_checkpointing
-        if settings.engine.compile:
-            for block in (*model.encoder, *model.decoder):
-                block.compile(dynamic=True)  # the number of visible tokens changes from step to step
+        for part in model.modules():
+            if isinstance(part, BrainLM):
+                part.recompute_activations = settings.engine.activation_checkpointing
+            if isinstance(part, Block) and settings.engine.compile:
+                part.compile(dynamic=True)  # the number of visible tokens changes from step to step
         self.world = world
         # There DeepSpeed has no optimizer of its own around torch's, and so no norm either.
         self._own_norm = settings.engine.precision == "fp32" and settings.engine.zero_stage == 0
         self._norm = float("nan")
-        self.config = deepspeed_dict(settings, world.size, model.num_parameters)
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        self.config = deepspeed_dict(settings, world.size, trained)
+        # DeepSpeed rounds these to the training precision, and has no exact copy of them.
+        frozen = {name: p.detach().float().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
+        self._frozen = frozen if settings.engine.precision != "fp32" else {}
         self._torch_optimizer = optimizer = torch.optim.AdamW(
             param_groups(model, settings.optimizer.weight_decay),
             lr=settings.optimizer.peak_lr(settings.data.batch_size),
@@ -111,15 +118,20 @@ class Engine:
             self._watchdog = Watchdog(world, settings.engine.timeout_s, self.from_rank_zero)
 
     @property
+    def module(self) -> nn.Module:
+        """What is trained. Its weights may be partitioned (ZeRO 3) and are in the training precision."""
+        module: nn.Module = self._engine.module
+        return module
+
+    @property
     def model(self) -> BrainLM:
-        """The wrapped model. Its weights may be partitioned (ZeRO 3) and are in the training precision."""
-        model = self._engine.module
-        assert isinstance(model, BrainLM)
-        return model
+        """What is trained, where that is a masked autoencoder."""
+        assert isinstance(self.module, BrainLM)
+        return self.module
 
     def forward(self, batch: WindowBatch) -> Loss:
         self._beat()
-        loss = self._engine(batch.as_windows(), batch.mask, ids_decoded=batch.ids_decoded)
+        loss = self._engine(**batch.inputs())
         assert isinstance(loss, Loss)
         return loss
 
@@ -184,7 +196,8 @@ class Engine:
 
     def whole_weights(self) -> dict[str, Tensor]:
         """Gather float32 weights (the optimizer's own, not the rounded ones) on rank zero. All ranks take part."""
-        return gather_weights(self._engine, keep=self.world.is_rank_zero)
+        weights = gather_weights(self._engine, keep=self.world.is_rank_zero)
+        return weights | self._frozen if self.world.is_rank_zero else weights
 
     @contextlib.contextmanager
     def whole_tokens(self) -> Iterator[None]:
@@ -200,7 +213,10 @@ class Engine:
 
     def whole_state(self) -> WholeState | None:
         """Gather weights and optimizer state on rank zero; None elsewhere. All ranks take part."""
-        return gather(self._engine, self._torch_optimizer, keep=self.world.is_rank_zero)
+        whole = gather(self._engine, self._torch_optimizer, keep=self.world.is_rank_zero)
+        if whole is not None:
+            whole.weights.update(self._frozen)
+        return whole
 
     def restore(self, whole: WholeState | None) -> None:
         """Go on from a state that rank zero has. All ranks take part."""

@@ -30,7 +30,27 @@ class FirstWeights:
 
 
 def first_weights(settings: PretrainSettings, dataset: Dataset) -> FirstWeights:
-    """Build the model, the same on every rank.
+    """Build the model of pretraining, the same on every rank.
+
+    Raises
+    ------
+    CheckpointError
+        As `adopt`.
+    """
+    if settings.init_from is None:
+        config = settings.model.resolved
+        torch.manual_seed(settings.run.seed)
+        return FirstWeights(BrainLM(config, dataset.contract.with_windows(config.window_len, config.patch_len)))
+    return adopt(load_source(settings), settings.init_from, dataset)
+
+
+def adopt(source: BrainLM, name: str, dataset: Dataset) -> FirstWeights:
+    """Return a model with the weights of another one and the contract of a data set.
+
+    Parameters
+    ----------
+    name : str
+        Where `source` was loaded from.
 
     Raises
     ------
@@ -38,19 +58,14 @@ def first_weights(settings: PretrainSettings, dataset: Dataset) -> FirstWeights:
         If the weights are tied to another atlas by a learned code per parcel, or it is not known who they were trained
         on.
     """
-    if settings.init_from is None:
-        config = settings.model.resolved
-        torch.manual_seed(settings.run.seed)
-        return FirstWeights(BrainLM(config, dataset.contract.with_windows(config.window_len, config.patch_len)))
-    source = load_source(settings)
     config = source.config
     contract = dataset.contract.with_windows(config.window_len, config.patch_len)
     if config.parcel_embedding:
         theirs = f"data set {dataset.name}, which holds other parcels than the learned codes of its weights,"
-        source.contract.check_fits(contract, ours=settings.init_from, theirs=theirs)
+        source.contract.check_fits(contract, ours=name, theirs=theirs)
     if source.train_subjects is None:
         raise CheckpointError(
-            f"{settings.init_from} does not say whom it was trained on (no train_subjects.json): what is trained "
+            f"{name} does not say whom it was trained on (no train_subjects.json): what is trained "
             "from it could not either, and scores on its own subjects would go unnoticed"
         )
     if other := source.contract.atlas.differences(contract.atlas):
@@ -60,10 +75,10 @@ def first_weights(settings: PretrainSettings, dataset: Dataset) -> FirstWeights:
     else:
         differs = source.contract.adaptable_differences(contract)
     for line in differs:
-        logger.warning("the data set differs from what %s was trained on: %s", settings.init_from, line)
+        logger.warning("the data set differs from what %s was trained on: %s", name, line)
     model = BrainLM(config, contract)
     model.load_state_dict(source.state_dict())
-    facts = {"init_from": {"checkpoint": settings.init_from, "weights_sha256": source.weights_sha256}}
+    facts = {"init_from": {"checkpoint": name, "weights_sha256": source.weights_sha256}}
     return FirstWeights(model, facts, source.train_subjects)
 
 
@@ -72,4 +87,21 @@ def load_source(settings: PretrainSettings) -> BrainLM:
     assert settings.init_from is not None
     if settings.model != ModelChoice():
         raise ConfigError("the sizes are those of init_from: leave the section model out")
-    return BrainLM.from_pretrained(settings.init_from)
+    return load_for_rebuilding(settings.init_from)
+
+
+def load_for_rebuilding(name: str) -> BrainLM:
+    """Load a checkpoint that is to be trained on as a masked autoencoder.
+
+    Raises
+    ------
+    CheckpointError
+        If its encoder was fine-tuned since and its decoder was not.
+    """
+    source = BrainLM.from_pretrained(name)
+    if BrainLM.STALE_DECODER in source.manifest:
+        raise CheckpointError(
+            f"{name}: its encoder was fine-tuned to predict {', '.join(source.manifest[BrainLM.STALE_DECODER])}, its "
+            "decoder was not: begin from the checkpoint that fine-tuning began from"
+        )
+    return source

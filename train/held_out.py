@@ -18,7 +18,7 @@ from brainlm.input_contract import InputContract
 from brainlm.masking import make_mask, mask_generator
 from brainlm.ordering import even_starts
 from brainlm.scaling import recording_mean, scale
-from brainlm.shards import SplitReader
+from brainlm.shards import Recordings
 from brainlm.tokens import parcel_groups, parcel_mask, present_rows
 from brainlm.windows import Windows, own_positions
 from train.engine import Engine
@@ -48,7 +48,7 @@ class HeldOut:
 
     Parameters
     ----------
-    reader : SplitReader
+    reader : Recordings
         Validation recordings; the first `max_recordings` are used.
     contract : InputContract
         Of the data set.
@@ -63,7 +63,7 @@ class HeldOut:
 
     def __init__(
         self,
-        reader: SplitReader,
+        reader: Recordings,
         contract: InputContract,
         settings: ValidationSettings,
         patch_parcels: int = 1,
@@ -95,7 +95,7 @@ class HeldOut:
                 kept = kept_T[start : start + contract.window_len]
                 rows_present = present_rows(present[None], groups)[0] > 0
                 mask = make_mask(
-                    "random", len(rows_present), num_patches, settings.mask_ratio,
+                    settings.kind, len(rows_present), num_patches, settings.mask_ratio,
                     mask_generator(_SEED, entry.recording_id, start), rows_present,
                 )  # fmt: skip
                 mask_PK = parcel_mask(mask, len(present), groups)
@@ -150,7 +150,7 @@ class HeldOut:
             sums[2] += float(error.square().sum())
             sums[3] += scored.sum().item()
         sse, sst, squared, count = engine.sum_over_ranks(sums)
-        engine.model.train()
+        model.train()
         if count == 0:
             raise DataError("no hidden value of the validation windows was measured: all are missing or censored")
         if not math.isfinite(sse):

@@ -6,37 +6,38 @@ import logging
 import math
 import time
 
+import numpy as np
+import torch
+
 from brainlm.errors import TrainingError
-from brainlm.presets import flops_per_window
 from brainlm.world import World
 from train.engine import Engine
-from train.held_out import HeldOut, score_all
 from train.interruption import Interruption
-from train.mix import Mix
 from train.not_finite import suspects
+from train.objective import Objective
 from train.reporting import Reporter, peak_flops, peak_memory_gb
 from train.schedule import learning_rate_at
-from train.settings import PretrainSettings
+from train.settings import TrainSettings
 from train.snapshots import PATIENCE_S, Snapshots
 from train.state import TrainState
 from train.step import Step, train_step
 
 logger = logging.getLogger(__name__)
+_DROPOUT = 0xD0
 
 
 def train(
     engine: Engine,
-    mix: Mix,
-    held_out: dict[str, HeldOut],
+    objective: Objective,
     state: TrainState,
-    settings: PretrainSettings,
+    settings: TrainSettings,
     snapshots: Snapshots,
     num_steps: int,
     world: World,
     reporter: Reporter | None,
     interruption: Interruption,
 ) -> bool:
-    """Train from ``state.step`` to `num_steps`. All ranks take part.
+    """Train from ``state.step`` to `num_steps`, or until validation no longer improves. All ranks take part.
 
     A step whose loss or gradient is not finite, on any rank, changes no weight and is counted; its data are not seen
     again.
@@ -44,27 +45,23 @@ def train(
     Returns
     -------
     bool
-        True if every step is done; False if the run was asked to stop, after a snapshot was saved.
+        True if training is over; False if the run was asked to stop, after a snapshot was saved.
 
     Raises
     ------
     TrainingError
         On all ranks, when more than ``run.max_skipped`` steps were not finite, or the last snapshot cannot be written.
     """
-    run = settings.run
-    model_config = engine.model.config
-    flops = {
-        ratio: 3 * flops_per_window(model_config, engine.model.num_parcels, ratio, settings.masks.num_decoded)
-        for ratio in settings.masks.ratios
-    }
-    mean_flops = sum(flops.values()) / len(flops)
-    tokens_per_window = engine.model.num_rows * model_config.num_patches
+    run, mix, patience = settings.run, objective.mix, settings.validation.patience
     peak = peak_flops()
     since = _Since()
-    engine.model.train()
+    engine.module.train()
+    if patience is not None and state.since_best >= patience:
+        return True  # it was over when the snapshot was taken
     for batches in mix.iterate(state.step, num_steps):
         step_started = time.perf_counter()
         lr = learning_rate_at(state.step, num_steps, settings.optimizer, settings.data.batch_size)
+        torch.manual_seed(_dropout_seed(run.seed, state.step, world.rank))  # nothing random is kept between steps
         step = train_step(engine, batches, lr)
         if step.is_finite:
             since.add(step)
@@ -95,8 +92,8 @@ def train(
                 "lr": lr,
                 "grad_norm": since.grad_norm,
                 "windows_per_s": rate,
-                "tokens_per_s": rate * tokens_per_window,
-                "tflops_per_s": rate * mean_flops / 1e12,
+                "tokens_per_s": rate * objective.tokens_per_window,
+                "tflops_per_s": rate * objective.flops_per_window / 1e12,
                 "data_wait": engine.max_over_ranks(mix.data_wait_s / since.elapsed_s),
                 "save_wait": since.saving_s / (since.saving_s + since.elapsed_s),
                 "seconds_trained": state.seconds_trained,
@@ -104,21 +101,28 @@ def train(
                 "num_skipped": state.num_skipped,
             }
             if peak is not None:
-                metrics["mfu"] = rate * mean_flops / (peak * world.size)
+                metrics["mfu"] = rate * objective.flops_per_window / (peak * world.size)
             mix.data_wait_s = 0.0
             since = _Since()
         is_best = False
         if state.step % settings.validation.every == 0 or last:  # all ranks
             started = time.perf_counter()
-            scores = score_all(held_out, engine)
+            scores = objective.score(engine)
             metrics |= scores
             state.val_r2 = scores["val_r2"]
             is_best = state.best_val_r2 is None or state.val_r2 > state.best_val_r2
             state.best_val_r2 = state.val_r2 if is_best else state.best_val_r2
+            state.since_best = 0 if is_best else state.since_best + 1
+            if patience is not None and state.since_best >= patience and not last:
+                last = True
+                logger.info(
+                    "%d validations without a better score than %.4g: training ends after step %d of %d",
+                    state.since_best, state.best_val_r2, state.step, num_steps,
+                )  # fmt: skip
             number = state.step // settings.validation.every
             if reporter is not None and (last or number & (number - 1) == 0):  # the 1st, 2nd, 4th, 8th ...: rank zero
-                for name, part in held_out.items():
-                    reporter.picture(state.step, name, part.example)
+                for name, example in objective.examples().items():
+                    reporter.picture(state.step, name, example)
             since.paused_s += time.perf_counter() - started
         if reporter is not None and metrics:  # rank zero
             reporter.log(state.step, metrics)
@@ -138,9 +142,16 @@ def train(
                     f"{problem}. See to it and give the same command again: it goes on from the newest snapshot"
                 )
             since.add_saving(time.perf_counter() - started)
-        if stopping and not last:
+        if last:
+            return True
+        if stopping:
             return False
     return True
+
+
+def _dropout_seed(seed: int, step: int, rank: int) -> int:
+    """Return a seed for one rank's part of one step: dropout is the same again when a run resumes."""
+    return int(np.random.SeedSequence([_DROPOUT, seed, step, rank]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class _Since:

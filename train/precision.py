@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 
-from train.settings import PretrainSettings
+from train.settings import TrainSettings
+
+SettingsT = TypeVar("SettingsT", bound=TrainSettings)
 
 
-def resolve_precision(settings: PretrainSettings) -> PretrainSettings:
+def resolve_precision(settings: SettingsT) -> SettingsT:
     """Return settings in which ``engine.precision: auto`` has become what this machine does fast.
 
     bf16 where the hardware multiplies in it and ZeRO is on, else fp32: without such instructions a processor emulates

@@ -9,22 +9,17 @@ A run that was stopped goes on from its newest snapshot when the same command is
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
+from brainlm.checkpoint import save_checkpoint
 from brainlm.config import load_config, parse_entry_args
 from brainlm.dataset import Dataset
-from brainlm.errors import BrainLMError, StoreError
-from brainlm.store import Store
+from brainlm.errors import BrainLMError
 from brainlm.world import World, read_world
-from train.checkpoints import Checkpoints
 from train.combinations import check_combination
 from train.data import (
     build_held_out,
@@ -35,29 +30,15 @@ from train.data import (
     open_datasets,
     train_subjects,
 )
-from train.engine import Engine
-from train.first_weights import FirstWeights, first_weights
-from train.held_out import HeldOut
-from train.interruption import Interruption
+from train.first_weights import first_weights
 from train.launcher import Launcher
-from train.loop import train
-from train.mix import Mix
+from train.objective import rebuild_hidden
 from train.plan import plan
 from train.precision import resolve_precision
-from train.reporting import Reporter
-from train.run_files import (
-    check_same_on_all_ranks,
-    check_same_run,
-    describe,
-    lock_folder,
-    read_done,
-    write_done,
-    write_run_files,
-)
+from train.run_files import describe
+from train.run_training import Parts, run_training
 from train.settings import PretrainSettings, check_settings, num_steps
-from train.snapshots import Snapshots, resume_newest
 from train.start_up import StartUp
-from train.state import TrainState
 from train.watchdog import EXIT_STATUS, LostRankError
 
 logger = logging.getLogger("pretrain")
@@ -79,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
         with start.together():
             settings = load_settings(args.config, args.overrides, world)
             datasets = open_datasets(settings)
-        return run(settings, datasets, world, start, launcher)
+        run_training(settings, data_hash(datasets), lambda: build(settings, datasets, world), world, start, launcher)
+        return 0
     except LostRankError as error:
         logger.error("%s", error)
         return EXIT_STATUS
@@ -94,17 +76,6 @@ def load_settings(path: str, overrides: list[str], world: World) -> PretrainSett
     check_settings(settings, world.size)
     check_combination(settings.engine)
     return settings
-
-
-@dataclass(frozen=True, eq=False)
-class Parts:
-    """What each rank builds by itself before training."""
-
-    first: FirstWeights
-    mix: Mix
-    held_out: dict[str, HeldOut]
-    num_steps: int
-    manifest: dict[str, Any]
 
 
 def build(settings: PretrainSettings, datasets: Sequence[Dataset], world: World) -> Parts:
@@ -128,80 +99,12 @@ def build(settings: PretrainSettings, datasets: Sequence[Dataset], world: World)
         "peak_lr": settings.optimizer.peak_lr(settings.data.batch_size),
         "num_warmup_steps": settings.optimizer.num_warmup_steps(steps),
     }
-    return Parts(first, mix, held_out, steps, manifest)
+    subjects = train_subjects(datasets)
 
+    def save(url: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> str:
+        return save_checkpoint(url, model, manifest | facts, subjects, weights, first.earlier)
 
-def run(
-    settings: PretrainSettings, datasets: Sequence[Dataset], world: World, start: StartUp, launcher: Launcher
-) -> int:
-    """Train, or go on training, and export the checkpoint. All ranks take part."""
-    folder = Path(settings.run.out)
-    start.patience_s = max(start.patience_s, settings.engine.timeout_s)
-    done = None
-    with start.together():
-        if world.is_rank_zero:
-            check_same_run(settings, data_hash(datasets))
-            done = read_done(settings)
-    if done := start.from_rank_zero(done):
-        logger.info("this run is done: %s", done["checkpoint"])
-        return 0
-    torch.set_num_threads(settings.engine.threads or max(1, len(os.sched_getaffinity(0)) // world.local_size))
-
-    with start.together():
-        parts = build(settings, datasets, world)
-    told = start.gather((socket.gethostname(), parts.manifest))
-    with start.together():
-        check_same_on_all_ranks(told)
-        if world.is_rank_zero:
-            lock = lock_folder(folder)  # held until this process ends
-            write_run_files(settings, parts.manifest)
-    model, steps = parts.first.model, parts.num_steps
-    engine = Engine(settings, model, world)
-    engine.barrier()
-
-    store = Store(settings.run.storage or settings.run.out)
-    subjects, earlier = train_subjects(datasets), parts.first.earlier
-    checkpoints = Checkpoints(store.sub("checkpoints"), model, parts.manifest, subjects, earlier)
-    state = resume_newest(engine, store.sub("snapshots"))
-    if state is not None:
-        logger.info("resumed after step %d", state.step)
-        if settings.run.keep_best and engine.from_rank_zero(world.is_rank_zero and checkpoints.best() is None):
-            state.best_val_r2 = None  # it was not kept: the next score is the best one that can be
-    state = state or TrainState()
-    snapshots = Snapshots(engine, store.sub("snapshots"), settings.run.keep_snapshots, checkpoints)
-    interruption = Interruption(launcher).install()
-    reporter = Reporter(folder, steps, state.step) if world.is_rank_zero else None
-    try:
-        with engine.naming_the_lost():
-            finished = train(
-                engine, parts.mix, parts.held_out, state, settings, snapshots, steps, world, reporter, interruption
-            )
-    finally:
-        snapshots.close()
-        if reporter is not None:
-            reporter.__exit__(None, None, None)
-    if not finished:
-        logger.warning("stopped after step %d of %d; give the same command to go on", state.step, steps)
-        engine.close()
-        return 0
-
-    with engine.naming_the_lost():
-        weights = engine.whole_weights()
-    problem = ""
-    if world.is_rank_zero:
-        try:
-            checkpoint, sha256 = checkpoints.write(f"step-{state.step}", weights, state.to_dict())
-            facts = {"checkpoint": checkpoint, "best_checkpoint": checkpoints.best()}
-            write_done(settings, {**facts, "weights_sha256": sha256, "step": state.step})
-            logger.info("done: %s", checkpoint)
-        except StoreError as error:
-            problem = f"{error}. The last snapshot is there: the same command writes the checkpoint"
-        lock.close()
-    problem = engine.from_rank_zero(problem)
-    engine.close()
-    if problem:
-        raise StoreError(problem)
-    return 0
+    return Parts(rebuild_hidden(model, mix, settings.masks, held_out), steps, manifest, save)
 
 
 if __name__ == "__main__":

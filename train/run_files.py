@@ -11,14 +11,15 @@ import json
 from pathlib import Path
 from typing import IO, Any
 
+from torch import nn
+
 from brainlm.config import to_tree, to_yaml
 from brainlm.errors import ConfigError
-from brainlm.model import BrainLM
 from brainlm.provenance import git_commit, versions
 from brainlm.store import Store
 from brainlm.world import World
 from train.engine import deepspeed_dict
-from train.settings import PretrainSettings
+from train.settings import TrainSettings
 
 CONFIG, MANIFEST, DONE = "config.yaml", "manifest.json", "done.json"
 # Settings that a run may go on with changed: they touch the weights by rounding at most.
@@ -31,14 +32,16 @@ MAY_CHANGE = {
 MAY_DIFFER = {"config.run.out", "versions.python", "versions.brainlm", "versions.safetensors"}
 
 
-def describe(settings: PretrainSettings, model: BrainLM, world: World) -> dict[str, Any]:
+def describe(settings: TrainSettings, module: nn.Module, world: World) -> dict[str, Any]:
     """Return what the manifest says of model, machine and settings."""
+    counts = [(p.numel(), p.requires_grad) for p in module.parameters()]
+    num_trained = sum(count for count, is_trained in counts if is_trained)
     return {
         "git_commit": git_commit(),
-        "num_parameters": model.num_parameters,
+        "num_parameters": sum(count for count, _ in counts),
         "world_size": world.size,
         "versions": versions("torch", "numpy", "deepspeed", "safetensors"),
-        "deepspeed": deepspeed_dict(settings, world.size, model.num_parameters),
+        "deepspeed": deepspeed_dict(settings, world.size, num_trained),
         "config": to_tree(settings),
     }
 
@@ -84,25 +87,25 @@ def lock_folder(folder: Path) -> IO[str]:
     return file
 
 
-def places(settings: PretrainSettings) -> list[Store]:
+def places(settings: TrainSettings) -> list[Store]:
     """Return where the files are; the first place counts."""
     run = settings.run
     return [Store(url) for url in dict.fromkeys((run.storage or run.out, run.out))]
 
 
-def read_done(settings: PretrainSettings) -> dict[str, Any] | None:
+def read_done(settings: TrainSettings) -> dict[str, Any] | None:
     """Return what done.json says; None if the run is not done."""
     home = places(settings)[0]
     done: dict[str, Any] | None = home.read_json(DONE) if home.exists(DONE) else None
     return done
 
 
-def write_done(settings: PretrainSettings, done: dict[str, Any]) -> None:
+def write_done(settings: TrainSettings, done: dict[str, Any]) -> None:
     for place in places(settings):
         place.write_json(DONE, done)
 
 
-def write_run_files(settings: PretrainSettings, manifest: dict[str, Any]) -> None:
+def write_run_files(settings: TrainSettings, manifest: dict[str, Any]) -> None:
     """Write config.yaml and manifest.json before step 0; those of a run that goes on stay as they are."""
     found = [place for place in places(settings) if place.exists(MANIFEST)]
     first = {name: found[0].read_bytes(name) for name in (CONFIG, MANIFEST)} if found else {}
@@ -112,14 +115,14 @@ def write_run_files(settings: PretrainSettings, manifest: dict[str, Any]) -> Non
             place.write_bytes(MANIFEST, first.get(MANIFEST) or json.dumps(manifest, indent=1).encode())
 
 
-def check_same_run(settings: PretrainSettings, data_hash: str) -> None:
+def check_same_run(settings: TrainSettings, data_hash: str) -> None:
     """Raise `ConfigError` that lists what differs, if a run with other settings or data is there."""
     for place in places(settings):
         if place.exists(MANIFEST):
             _check_same_run(settings, data_hash, place)
 
 
-def _check_same_run(settings: PretrainSettings, data_hash: str, place: Store) -> None:
+def _check_same_run(settings: TrainSettings, data_hash: str, place: Store) -> None:
     manifest = place.read_json(MANIFEST)
     theirs, ours = flat(manifest["config"]), flat(to_tree(settings))
     differs = [

@@ -1,4 +1,4 @@
-"""What `train/pretrain.py` is told: one YAML file. Relations between sections are checked in `check_settings`."""
+"""What a training run is told: one YAML file. Relations between sections are checked in `check_settings`."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, Literal
 from brainlm.config import Section
 from brainlm.errors import ConfigError
 from brainlm.loader import MaskSettings
+from brainlm.masking import MaskKind
 from brainlm.model import ModelConfig
 from brainlm.presets import preset
 
@@ -156,13 +157,28 @@ class EngineSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidationSettings(Section):
-    """Scores on held-out subjects during training."""
+class ValidationEvery(Section):
+    """When held-out subjects are scored, and when training ends because of them."""
 
     every: int = 200
+    patience: int | None = None
+    """Training ends after so many validations without a better score; null = never early."""
+
+    def __post_init__(self) -> None:
+        for name in ("every", "patience"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"validation.{name}: expected at least 1, found {value}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationSettings(ValidationEvery):
+    """Scores on held-out subjects during training: hidden values of their windows."""
+
     mask_ratio: float = 0.75
     max_recordings: int = 16
     windows_per_recording: int = 1
+    kind: MaskKind = "random"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,21 +226,28 @@ class RunSettings(Section):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings(Section):
-    """All settings of a training run."""
+class TrainSettings(Section):
+    """What pretraining and fine-tuning have in common."""
 
     run: RunSettings
     data: DataSettings
     init_from: str | None = None
     """Checkpoint (path, URL or hub id) whose weights and sizes training begins with; the optimizer is new."""
-    model: ModelChoice = field(default_factory=ModelChoice)
-    masks: MaskSettings = field(default_factory=MaskSettings)
     optimizer: OptimizerSettings = field(default_factory=OptimizerSettings)
     engine: EngineSettings = field(default_factory=EngineSettings)
+    validation: ValidationEvery = field(default_factory=ValidationEvery)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainSettings):
+    """All settings of `train/pretrain.py`."""
+
+    model: ModelChoice = field(default_factory=ModelChoice)
+    masks: MaskSettings = field(default_factory=MaskSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
 
 
-def num_steps(settings: PretrainSettings, steps_per_epoch: int) -> int:
+def num_steps(settings: TrainSettings, steps_per_epoch: int) -> int:
     """Return how many updates the run has.
 
     Raises
@@ -245,7 +268,7 @@ def num_steps(settings: PretrainSettings, steps_per_epoch: int) -> int:
     return steps
 
 
-def micro_batches(settings: PretrainSettings, world_size: int) -> int:
+def micro_batches(settings: TrainSettings, world_size: int) -> int:
     """Return into how many passes a rank's share of a step is divided.
 
     Raises
@@ -269,5 +292,5 @@ def check_settings(settings: PretrainSettings, world_size: int) -> None:
     """Check relations between sections; change nothing."""
     settings.model.resolved  # noqa: B018 - raises if the sizes contradict each other
     micro_batches(settings, world_size)
-    if not 0 < settings.validation.mask_ratio < 1 or settings.validation.every < 1:
-        raise ConfigError("validation: mask_ratio must be between 0 and 1 and every at least 1")
+    if not 0 < settings.validation.mask_ratio < 1:
+        raise ConfigError(f"validation.mask_ratio: expected between 0 and 1, found {settings.validation.mask_ratio}")

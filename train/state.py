@@ -23,6 +23,8 @@ class TrainState:
     """Of the newest validation; the last step always validates."""
     best_val_r2: float | None = None
     seconds_trained: float = 0.0
+    since_best: int = 0
+    """Validations since the best one."""
     num_skipped: int = 0
     """Steps left out because their loss or gradient was not finite."""
 
@@ -32,6 +34,7 @@ class TrainState:
     @classmethod
     def from_dict(cls, tree: dict[str, Any], where: str) -> TrainState:
         names = set(cls.__dataclass_fields__)
+        tree = {"since_best": 0} | tree  # older snapshots do not have it
         if not names <= set(tree):
             raise CheckpointError(f"{where}: the snapshot lacks {', '.join(sorted(names - set(tree)))}")
         return cls(**{name: tree[name] for name in names})

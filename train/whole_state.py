@@ -6,6 +6,7 @@ besides what rank zero holds, no more than one parameter is whole at once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +43,7 @@ def gather(engine: Any, optimizer: torch.optim.Optimizer, *, keep: bool) -> Whol
     _link(engine)
     moments: dict[str, dict[str, Tensor]] = {key: {} for key in MOMENTS} if num_updates else {}
     for key, found in moments.items():
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in _trained(engine).items():
             full = safe_get_full_optimizer_state(parameter, key)  # None in float32 at stage 0
             if keep:
                 found[name] = _kept(optimizer.state[parameter][key] if full is None else full)
@@ -73,21 +74,21 @@ def restore(engine: Any, optimizer: torch.optim.Optimizer, whole: WholeState | N
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
-    parameters = dict(engine.module.named_parameters())
+    parameters, trained = dict(engine.module.named_parameters()), _trained(engine)
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in parameters.items()}
-    num_updates = _agree(whole, shapes)
+    num_updates = _agree(whole, shapes, trained)
     if num_updates:
         _make_room(stage, zero, optimizer, parameters, num_updates)
         _link(engine)
     for name, parameter in parameters.items():
         weight = _from_rank_zero(None if whole is None else whole.weights[name], shapes[name], engine.device)
-        if stage == 0:
-            parameter.data.copy_(weight)
-        else:
-            safe_set_full_fp32_param(parameter, weight)
         if stage == 3:
             _set_partitioned(parameter, weight)
-        for key in MOMENTS if num_updates else ():
+        elif stage == 0 or name not in trained:
+            parameter.data.copy_(weight)
+        if stage != 0 and name in trained:
+            safe_set_full_fp32_param(parameter, weight)
+        for key in MOMENTS if num_updates and name in trained else ():
             ours = None if whole is None else whole.moments[key][name]
             value = _from_rank_zero(ours, shapes[name], engine.device)
             if stage == 0:
@@ -96,6 +97,11 @@ def restore(engine: Any, optimizer: torch.optim.Optimizer, whole: WholeState | N
                 safe_set_full_optimizer_state(parameter, value, key)
     if stage in (1, 2):
         zero.update_lp_params()  # what the model computes with
+
+
+def _trained(engine: Any) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that have an optimizer state."""
+    return {name: p for name, p in engine.module.named_parameters() if p.requires_grad}
 
 
 def _kept(tensor: Tensor) -> Tensor:
@@ -108,13 +114,14 @@ def _num_updates(optimizer: torch.optim.Optimizer) -> int:
     return steps.pop() if steps else 0
 
 
-def _agree(whole: WholeState | None, shapes: dict[str, tuple[int, ...]]) -> int:
+def _agree(whole: WholeState | None, all_shapes: dict[str, tuple[int, ...]], trained: Iterable[str]) -> int:
     """Check the state on rank zero, and return its number of updates on every rank."""
     said: list[Any] = [None, 0]
     if whole is not None:
         found = [whole.weights, *(whole.moments[key] for key in MOMENTS if whole.num_updates)]
         for tensors in found:
             theirs = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+            shapes = all_shapes if tensors is whole.weights else {name: all_shapes[name] for name in trained}
             differs = sorted(name for name in theirs.keys() | shapes.keys() if theirs.get(name) != shapes.get(name))
             if differs:
                 name = differs[0]

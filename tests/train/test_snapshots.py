@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import open_dataset
 from brainlm.errors import StoreError
 from brainlm.model import BrainLM
@@ -64,7 +65,11 @@ class Training:
     def __init__(self, tmp_path: Path, dataset_url: str, keep: int = 2) -> None:
         model = small_model(open_dataset(dataset_url).contract)
         self.engine, self.store = OneRank(model), Gate(tmp_path / "snapshots")
-        self.checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), model, {}, [], None)
+
+        def save(url: str, weights: dict[str, torch.Tensor], facts: dict[str, Any]) -> str:
+            return save_checkpoint(url, model, facts, [], weights)
+
+        self.checkpoints = Checkpoints(Store(tmp_path / "checkpoints"), save)
         self.snapshots = Snapshots(self.engine, self.store, keep, self.checkpoints)  # type: ignore[arg-type]
 
     def begin(self, step: int, val_r2: float, **options: Any) -> str:
