@@ -13,16 +13,18 @@ if TYPE_CHECKING:
     from brainlm.atlas import Atlas
     from brainlm.input_contract import InputContract
     from brainlm.model import BrainLM
+    from brainlm.predictor import Predictor
     from brainlm.recording import Recording
     from brainlm.windows import cut_windows, pad_windows
 
 __version__ = "0.1.0"
-__all__ = ["Atlas", "BrainLM", "InputContract", "Recording", "__version__", "cut_windows", "pad_windows"]
+__all__ = ["Atlas", "BrainLM", "InputContract", "Predictor", "Recording", "__version__", "cut_windows", "pad_windows"]
 
 _HOMES = {
     "Atlas": "brainlm.atlas",
     "BrainLM": "brainlm.model",
     "InputContract": "brainlm.input_contract",
+    "Predictor": "brainlm.predictor",
     "Recording": "brainlm.recording",
     "cut_windows": "brainlm.windows",
     "pad_windows": "brainlm.windows",

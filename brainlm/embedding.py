@@ -126,14 +126,9 @@ def embed_recording(
         raise ConfigError(f"batch_size: expected at least 1, found {batch_size}")
     if per_parcel and (reason := why_no_parcels(model)):
         raise ConfigError(f"per_parcel: {reason}")
-    found, own = as_recording(
-        recording, model.contract, tr_s=tr_s, atlas=atlas, contract=contract, statistics=statistics
+    found, starts, windows = side_by_side(
+        model.contract, recording, tr_s=tr_s, atlas=atlas, contract=contract, statistics=statistics, native_tr=native_tr
     )
-    W = model.contract.window_len
-    starts = [start for start in range(0, found.num_timepoints, W) if found.keep_mask[start : start + W].any()]
-    windows = cut_windows(found, model.contract, own_contract=own, starts=starts, native_tr=native_tr)
-    if not bool(windows.present.any()):
-        raise DataError(f"{found.recording_id}: no parcel that the contract can scale carries signal")
     cls, pooled, parcels = [], [], []
     with evaluating(model) as device:
         for first in range(0, len(windows), batch_size):
@@ -147,11 +142,7 @@ def embed_recording(
             cls.append(part.cls.float().cpu())
             pooled.append(part.pooled.float().cpu())
     if not all(bool(part.isfinite().all()) for part in (*cls, *pooled)):
-        largest = float(np.abs(windows.values.numpy()[windows.present.numpy()]).max())
-        raise DataError(
-            f"{found.recording_id}: the embedding is not finite; in contract units its values reach {largest:.3g}, a "
-            "usual recording stays below 10. Compare the units of the series with those that the contract names"
-        )
+        raise not_finite(found.recording_id, windows, "embedding")
     return RecordingEmbedding(
         cls=torch.cat(cls).numpy(),
         pooled=torch.cat(pooled).numpy(),
@@ -159,6 +150,52 @@ def embed_recording(
         num_kept=windows.kept.sum(dim=1).numpy(),
         num_parcels=int(windows.present[0].sum()),
         parcels=np.concatenate(parcels) if per_parcel else None,
+    )
+
+
+def side_by_side(
+    model_contract: InputContract,
+    recording: Recording | NDArray[Any],
+    *,
+    tr_s: float | None = None,
+    atlas: Atlas | None = None,
+    contract: InputContract | None = None,
+    statistics: Statistics = "contract",
+    native_tr: bool = False,
+) -> tuple[Recording, list[int], Windows]:
+    """Cut a recording into the windows that answers about it as a whole are averaged over.
+
+    They lie side by side, the last one padded where the recording ends; those without a kept timepoint are left out.
+
+    Returns
+    -------
+    recording : Recording
+    starts : list of int
+        First timepoint of each window.
+    windows : Windows
+
+    Raises
+    ------
+    DataError, ConfigError
+        As `embed_recording`.
+    """
+    found, own = as_recording(
+        recording, model_contract, tr_s=tr_s, atlas=atlas, contract=contract, statistics=statistics
+    )
+    W = model_contract.window_len
+    starts = [start for start in range(0, found.num_timepoints, W) if found.keep_mask[start : start + W].any()]
+    windows = cut_windows(found, model_contract, own_contract=own, starts=starts, native_tr=native_tr)
+    if not bool(windows.present.any()):
+        raise DataError(f"{found.recording_id}: no parcel that the contract can scale carries signal")
+    return found, starts, windows
+
+
+def not_finite(recording_id: str, windows: Windows, what: str) -> DataError:
+    """Return the error of an answer that is not finite, with what is unusual about its windows."""
+    largest = float(np.abs(windows.values.numpy()[windows.present.numpy()]).max())
+    return DataError(
+        f"{recording_id}: the {what} is not finite; in contract units its values reach {largest:.3g}, a "
+        "usual recording stays below 10. Compare the units of the series with those that the contract names"
     )
 
 

@@ -119,6 +119,8 @@ class Block(nn.Module):
         self.norm_mlp = nn.LayerNorm(width)
         self.mlp_in = nn.Linear(width, mlp_width)
         self.mlp_out = nn.Linear(mlp_width, width)
+        self.dropout = 0.0
+        """In training: share of what attention and feed-forward add to the tokens that is left out."""
 
     def attention_inputs(self, x_BND: Tensor, memory_BMD: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return what the attention of this block sees: normalised queries and normalised keys."""
@@ -152,5 +154,8 @@ class Block(nn.Module):
         if rows_BQ is not None:
             ids_BQD = rows_BQ[:, :, None].expand(-1, -1, x_BND.shape[2])
             x_BND, queries = x_BND.gather(1, ids_BQD), queries.gather(1, ids_BQD)
-        x_BND = x_BND + self.attention(queries, keys, valid_BM)
-        return x_BND + self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x_BND))))
+        x_BND = x_BND + self._dropped(self.attention(queries, keys, valid_BM))
+        return x_BND + self._dropped(self.mlp_out(F.gelu(self.mlp_in(self.norm_mlp(x_BND)))))
+
+    def _dropped(self, added_BND: Tensor) -> Tensor:
+        return F.dropout(added_BND, self.dropout, self.training) if self.dropout else added_BND

@@ -141,6 +141,9 @@ class BrainLM(nn.Module):
         What the model must be fed; its coordinates and TR give the positions of the tokens.
     """
 
+    STALE_DECODER = "fine_tuned_encoder"
+    """In the manifest: what the encoder was fine-tuned to predict. Its decoder does not belong to it any more."""
+
     space_features: Tensor
     time_features: Tensor
     usable: Tensor
@@ -380,7 +383,8 @@ class BrainLM(nn.Module):
         if self.recompute_activations and torch.is_grad_enabled():
             from torch.utils.checkpoint import checkpoint
 
-            out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)  # nothing is random
+            is_random = bool(block.dropout)
+            out: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=is_random)
             return out
         return block(*inputs)
 
@@ -566,6 +570,11 @@ class BrainLM(nn.Module):
         Tensor, shape (B, P, W), float32
             NaN wherever a value was visible or its parcel is missing: those outputs are not trained.
         """
+        if (learned := self.manifest.get(self.STALE_DECODER)) is not None:
+            raise ConfigError(
+                f"this encoder was fine-tuned to predict {', '.join(learned)}, and its decoder was not: reconstruct "
+                "and forecast with the checkpoint that fine-tuning began from"
+            )
         if mask_BL is None:
             from brainlm.reconstruction import reconstruct_whole
 

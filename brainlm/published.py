@@ -17,6 +17,7 @@ own tokens, `D` width. Masks: True = hidden.
 from __future__ import annotations
 
 import copy
+import hashlib
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -163,6 +164,33 @@ class PublishedModel(nn.Module):
         tree = store.read_json(input_contract.FILE_NAME)
         contract = InputContract.from_json(tree, store.url_of(input_contract.FILE_NAME))
         return cls(load_official(folder), contract, manifest, sha256).eval()
+
+    def save_pretrained(self, folder: str, facts: dict[str, Any], weights: dict[str, Tensor] | None = None) -> str:
+        """Write what `from_pretrained` reads, in float32; return the sha256 of the weights.
+
+        Parameters
+        ----------
+        facts : mapping
+            Of what was changed since they were published; for the manifest.
+        weights : mapping, optional
+            By the names of this module's `state_dict`; None takes its own.
+        """
+        from safetensors.torch import save
+
+        is_13m = isinstance(self.network, NystromBrainLM)
+        prefix = "network."
+        state = {**self.state_dict(), **(weights or {})}
+        own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+        data = save({name: value.detach().float().cpu().clone().contiguous() for name, value in own.items()})
+        sha256 = hashlib.sha256(data).hexdigest()
+        store = Store(folder)
+        store.remove(CONFIG)  # until it is back, the folder counts as unfinished
+        store.write_bytes(WEIGHTS, data)
+        store.write_bytes(input_contract.FILE_NAME, self.contract.dumps().encode())
+        store.write_json(MANIFEST, {**self.manifest, **facts, "weights_sha256": sha256})
+        model_type = MODEL_TYPE_13M if is_13m else MODEL_TYPE_VIT
+        store.write_json(CONFIG, {**self.config.published, "model_type": model_type})
+        return sha256
 
     @classmethod
     def untrained_like(cls, model: PublishedModel, seed: int) -> PublishedModel:

@@ -28,7 +28,8 @@ ARRAY = "array"  # recording id of an array
 class ReadableModel(Protocol):
     """A model of ours, or a published one."""
 
-    contract: InputContract
+    @property
+    def contract(self) -> InputContract: ...
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
