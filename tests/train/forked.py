@@ -1,11 +1,12 @@
 """Training runs in processes forked from one that has imported everything: they begin in a second, not in six.
 
-What runs is `train.pretrain.main`, as under a launcher, one process a rank. No launcher watches over them: a rank that
-loses another one has to notice it by itself.
+What runs is the `main` of an entry of `train`, as under a launcher, one process a rank. No launcher watches over them:
+a rank that loses another one has to notice it by itself.
 """
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import socket
@@ -22,7 +23,7 @@ from tests.train.conftest import environment
 
 PRELOADED = [
     "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._dynamo", "torch.utils.tensorboard",
-    "safetensors.torch", "s3fs", "train.pretrain",
+    "safetensors.torch", "s3fs", "train.pretrain", "train.finetune",
 ]  # fmt: skip
 
 
@@ -62,8 +63,8 @@ class Run:
         return [rank.exitcode for rank in self.ranks]
 
 
-def start(log: Path, config: Path, *overrides: str, ranks: int = 1, **variables: str) -> Run:
-    """Start the entry with these overrides on the command line and these variables in its environment."""
+def start(log: Path, config: Path, *overrides: str, ranks: int = 1, entry: str = "pretrain", **variables: str) -> Run:
+    """Start an entry with these overrides on the command line and these variables in its environment."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     with pytest.MonkeyPatch.context() as patch:  # of the process that all are forked from
@@ -80,7 +81,7 @@ def start(log: Path, config: Path, *overrides: str, ranks: int = 1, **variables:
     arguments = ["--config", str(config), *overrides]
     log.write_text("")
     made = [
-        context.Process(target=_rank, args=(arguments, environment() | variables | place, str(log)), daemon=True)
+        context.Process(target=_rank, args=(entry, arguments, environment() | variables | place, str(log)), daemon=True)
         for place in places
     ]
     for process in made:
@@ -88,11 +89,9 @@ def start(log: Path, config: Path, *overrides: str, ranks: int = 1, **variables:
     return Run(made, log)
 
 
-def _rank(arguments: list[str], variables: dict[str, str], log: str) -> None:
+def _rank(entry: str, arguments: list[str], variables: dict[str, str], log: str) -> None:
     file = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ.update(variables)
-    from train.pretrain import main
-
-    sys.exit(main(arguments))
+    sys.exit(importlib.import_module(f"train.{entry}").main(arguments))

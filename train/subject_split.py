@@ -1,0 +1,153 @@
+"""Which subjects a head is trained on, validated on and tested on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from brainlm.errors import ConfigError
+from brainlm.train_subjects import TrainSubjects
+from train.cohort import Cohort, Member
+from train.finetune_settings import SplitSettings
+
+ROLES = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class SubjectSplit:
+    """Recordings by role, and what was left out.
+
+    ``num_pretraining_subjects``: those that the checkpoint was pretrained on, among all roles; None where it does not
+    say whom it was trained on.
+    """
+
+    roles: dict[str, list[Member]]
+    num_pretraining_subjects: int | None
+    left_out: dict[str, str] = field(default_factory=dict)
+    """Reason by recording id."""
+
+    def num_subjects(self, role: str) -> int:
+        return len({member.subject for member in self.roles[role]})
+
+
+def split_subjects(
+    cohort: Cohort, settings: SplitSettings, pretrained_on: TrainSubjects | None, window_len: int
+) -> SubjectSplit:
+    """Divide the recordings of a cohort.
+
+    Parameters
+    ----------
+    pretrained_on : TrainSubjects or None
+        Of the checkpoint; None = it does not say.
+    window_len : int
+        Shorter recordings are left out.
+
+    Raises
+    ------
+    ConfigError
+        If the checkpoint was pretrained on subjects of a given split, or may have been, and the settings do not allow
+        it; if a given split divides subjects or families; if a role stays empty.
+    """
+    left_out: dict[str, str] = {}
+    members = []
+    for member in cohort.members:
+        if member.num_timepoints < window_len:
+            left_out[member.recording_id] = (
+                f"{member.num_timepoints} timepoints, a window of the checkpoint has {window_len}"
+            )
+        else:
+            members.append(member)
+    seen = _seen(members, pretrained_on)
+    if pretrained_on is None and not settings.allow_pretraining_subjects:
+        raise ConfigError(
+            "the checkpoint does not say whom it was pretrained on: its scores on these subjects may be too high. Set "
+            "split.allow_pretraining_subjects=true to go on; every result then shows it"
+        )
+    if settings.column is not None:
+        role_of = _given(cohort, settings.column, members, left_out)
+    elif settings.of == "dataset":
+        role_of = {member.recording_id: member.split for member in members}
+    else:
+        groups_seen = {member.group for member in members if member.subject in seen}
+        if not settings.allow_pretraining_subjects:
+            for member in members:
+                if member.group in groups_seen:
+                    left_out[member.recording_id] = "the checkpoint was pretrained on this subject, or on its family"
+        role_of = _new([m for m in members if m.recording_id not in left_out], settings)
+    members = [member for member in members if member.recording_id in role_of]
+    roles = {role: [m for m in members if role_of[m.recording_id] == role] for role in ROLES}
+    found = seen & {member.subject for member in members}
+    if found and not settings.allow_pretraining_subjects:
+        where = f"split.column={settings.column}" if settings.column else f"split.of={settings.of}"
+        raise ConfigError(
+            f"{where}: the checkpoint was pretrained on {len(found)} of the {len({m.subject for m in members})} "
+            "subjects, by their ids: its scores would be too high for new ones. Take split.of=unseen, or set "
+            "split.allow_pretraining_subjects=true; every result then shows it"
+        )
+    _check_undivided(members, role_of)
+    empty = [role for role in ROLES if not roles[role]]
+    if empty:
+        counts = ", ".join(f"{role} {len({m.subject for m in roles[role]})}" for role in ROLES)
+        why = f"; {len(left_out)} recordings were left out ({next(iter(left_out.values()))})" if left_out else ""
+        raise ConfigError(f"no subjects in {' and '.join(empty)} (subjects: {counts}){why}")
+    return SubjectSplit(roles, None if pretrained_on is None else len(found), left_out)
+
+
+def _seen(members: Sequence[Member], pretrained_on: TrainSubjects | None) -> set[str]:
+    if pretrained_on is None:
+        return set()
+    found = set()
+    for subject in {member.subject for member in members}:
+        bare = subject.removeprefix("sub-")  # data sets name them either way
+        if pretrained_on.seen({subject, bare, f"sub-{bare}"}):
+            found.add(subject)
+    return found
+
+
+def _given(cohort: Cohort, column: str, members: Sequence[Member], left_out: dict[str, str]) -> dict[str, str]:
+    role_of = {}
+    for member, value in zip(members, cohort.values(column, members), strict=True):
+        role = "" if value is None else str(value).strip()
+        if not role:
+            left_out[member.recording_id] = f"split.column={column} is empty"
+        elif role not in ROLES:
+            raise ConfigError(f"split.column={column}: expected train, val, test or nothing, found {role!r}")
+        else:
+            role_of[member.recording_id] = role
+    return role_of
+
+
+def _new(members: Sequence[Member], settings: SplitSettings) -> dict[str, str]:
+    """Divide groups in the order of their hashes; with fractions, at the group in which a share of subjects ends."""
+    subjects: dict[str, set[str]] = {}
+    for member in members:
+        subjects.setdefault(member.group, set()).add(member.subject)
+    order = sorted(subjects, key=lambda group: hashlib.sha256(f"{settings.seed} {group}".encode()).hexdigest())
+    role_of_group = {}
+    if settings.folds is not None:
+        test, val = settings.fold, (settings.fold + 1) % settings.folds
+        for number, group in enumerate(order):
+            part = number % settings.folds
+            role_of_group[group] = "test" if part == test else "val" if part == val else "train"
+    else:
+        total, before = sum(map(len, subjects.values())), 0
+        for group in order:
+            middle = (before + len(subjects[group]) / 2) / total
+            share = settings.fractions["test"]
+            role_of_group[group] = (
+                "test" if middle < share else "val" if middle < share + settings.fractions["val"] else "train"
+            )
+            before += len(subjects[group])
+    return {member.recording_id: role_of_group[member.group] for member in members}
+
+
+def _check_undivided(members: Sequence[Member], role_of: dict[str, str]) -> None:
+    first: dict[str, Member] = {}
+    for member in members:
+        other = first.setdefault(member.group, member)
+        if role_of[other.recording_id] != role_of[member.recording_id]:
+            raise ConfigError(
+                f"the split divides what belongs together (a subject, a family, or equal series): {other.recording_id} "
+                f"is in {role_of[other.recording_id]}, {member.recording_id} in {role_of[member.recording_id]}"
+            )
