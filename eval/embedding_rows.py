@@ -1,113 +1,64 @@
-"""Embed the recordings of one part, one after another, into rows of the table."""
+"""Rows of a table of embeddings."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
-from brainlm.errors import CheckpointError, DataError
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from brainlm.embedding import RecordingEmbedding
 from brainlm.recording import Recording
-from brainlm.shards import SplitReader
-from brainlm.store import Store
-from eval.embedding_table import Rejected, Rows, part_file, write_part
-from eval.extract_plan import Job, Part
-from eval.models import open_model
-from eval.series_files import read_series_file, recording_id_of
-
-
-@dataclass(frozen=True)
-class PartReport:
-    """How a part went."""
-
-    num_recordings: int
-    num_rejected: int
-    seconds: float
-
-
-class Source(NamedTuple):
-    """A recording, or why it could not be read."""
-
-    recording_id: str
-    where: str
-    recording: Recording | None
-    reason: str = ""
+from eval.extract_settings import ExtractSettings
+from eval.table_parts import IDS, TEXTS
+from eval.table_plan import Job, Part
+from eval.table_rows import PartReport, fill_part, reading_options, was_seen
 
 
 def embed_part(job: Job, part: Part) -> PartReport:
-    """Embed one part and write its file, rows and rejections together."""
-    import torch
-
-    start = time.perf_counter()
+    """Embed one part and write its file."""
     settings = job.settings
-    torch.set_num_threads(settings.threads)
-    model = load_model(job.folder, job.weights_sha256, settings.device)
-    rows, rejected = Rows(settings.per_window, settings.per_parcel), []
-    for source in read_part(job, part):
-        recording, reason = source.recording, source.reason
-        if recording is not None:
-            try:
-                # Recordings never share a batch, and its size is that of `embed`: nothing depends on the neighbours.
-                found = model.embed(recording, **embed_options(job))
-            except DataError as error:
-                reason = str(error)
-            else:
-                rows.add(recording, found, split=part.split, seen=was_seen(model, recording.subject))
-        if reason:
-            subject = recording.subject if recording is not None else ""
-            rejected.append(Rejected(source.recording_id, subject, part.split, source.where, reason))
-    write_part(Store(settings.folder), part_file(job, part), rows, rejected)
-    return PartReport(len(part), len(rejected), time.perf_counter() - start)
+    assert isinstance(settings, ExtractSettings)
+    return fill_part(job, part, EmbeddingRows(settings.per_window, settings.per_parcel))
 
 
-def read_part(job: Job, part: Part) -> Iterator[Source]:
-    """Yield recordings one by one. Damaged shards and storage that is away end the work, unreadable files do not."""
-    if part.shard is not None:
-        reader = SplitReader(Store(job.dataset_url), [part.shard])
-        for index in range(part.first, part.stop):
-            recording = reader.as_recording(index)
-            yield Source(recording.recording_id, f"{part.shard['name']}.tar", recording)
-        return
-    model = load_model(job.folder, job.weights_sha256, job.settings.device)
-    tr_s = model.contract.tr_s if job.settings.tr_s is None else job.settings.tr_s
-    for url in part.files:
-        try:
-            recording = read_series_file(url, model.contract.atlas, tr_s)
-        except DataError as error:
-            yield Source(recording_id_of(url), url, None, str(error))
+class EmbeddingRows:
+    """Rows of the table of embeddings, gathered for one part."""
+
+    def __init__(self, per_window: bool, per_parcel: bool) -> None:
+        self._per_window, self._per_parcel = per_window, per_parcel
+        self._plain: list[dict[str, Any]] = []
+        self._vectors: dict[str, list[NDArray[np.float32]]] = {"cls": [], "pooled": []}
+        if per_parcel:
+            self._vectors["parcels"] = []
+
+    def add(self, model: Any, recording: Recording, job: Job, part: Part) -> None:
+        """Append the rows of one recording."""
+        options = reading_options(job) | ({"per_parcel": True} if "parcels" in self._vectors else {})
+        found: RecordingEmbedding = model.embed(recording, **options)
+        row = {name: getattr(recording, name) for name in IDS}
+        row |= {"split": part.split, "tr_s": recording.tr_s, "num_parcels": found.num_parcels}
+        row["seen_in_training"] = was_seen(model, recording.subject)
+        if self._per_window:
+            for start_s, num_kept in zip(found.starts_s.tolist(), found.num_kept.tolist()):
+                self._plain.append({**row, "start_s": start_s, "num_kept": num_kept})
         else:
-            yield Source(recording_id_of(url), url, recording)
+            self._plain.append({**row, "num_windows": len(found), "num_kept": int(found.num_kept.sum())})
+        for name, rows in self._vectors.items():
+            whole = getattr(found, name) if self._per_window else getattr(found, f"mean_{name}")[None]
+            rows.extend(np.ascontiguousarray(whole.reshape(len(whole), -1)))
 
-
-def embed_options(job: Job) -> dict[str, Any]:
-    """Return what `BrainLM.embed` is told besides the recording."""
-    settings = job.settings
-    options: dict[str, Any] = {"native_tr": settings.native_tr}
-    if settings.per_parcel:
-        options["per_parcel"] = True
-    if settings.scaled_by == "dataset":
-        options["contract"] = job.own_contract
-    elif settings.scaled_by == "recording":
-        options["statistics"] = "recording"
-        options["atlas"] = None if job.own_contract is None else job.own_contract.atlas
-    return options
-
-
-def was_seen(model: Any, subject: str) -> bool | None:
-    """Say whether the model was trained on a subject; None where that is not known."""
-    known = getattr(model, "train_subjects", None)
-    if known is None or not subject:
-        return None
-    bare = subject.removeprefix("sub-")  # data sets name them either way
-    return bool(known.seen({subject, bare, f"sub-{bare}"}))
-
-
-@lru_cache(maxsize=1)  # a worker embeds many parts
-def load_model(folder: str, weights_sha256: str, device: str) -> Any:
-    """Load the checkpoint that the plan was made with."""
-    model = open_model(folder)
-    if model.weights_sha256 != weights_sha256:
-        raise CheckpointError(f"{folder} was replaced while its embeddings were extracted: run again")
-    return model.to(device)
+    def table(self) -> pa.Table | None:
+        """Return the rows; None if there are none, because how long the vectors are is then not known."""
+        if not self._plain:
+            return None
+        timing = [("start_s", pa.float64())] if self._per_window else [("num_windows", pa.int32())]
+        kinds: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in TEXTS]
+        kinds += [("tr_s", pa.float64()), *timing, ("num_kept", pa.int32()), ("num_parcels", pa.int32())]
+        kinds += [("seen_in_training", pa.bool_())]
+        columns = [pa.array([row[name] for row in self._plain], type=kind) for name, kind in kinds]
+        for vectors in self._vectors.values():
+            values = pa.array(np.concatenate(vectors), type=pa.float32())
+            columns.append(pa.FixedSizeListArray.from_arrays(values, len(vectors[0])))
+        return pa.table(columns, names=[name for name, _ in kinds] + list(self._vectors))

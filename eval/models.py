@@ -6,6 +6,7 @@ can look at what it is asked for. It answers in the same units.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -223,6 +224,31 @@ def newest_checkpoint(folder: str) -> str:
     raise CheckpointError(
         f"{folder} holds no complete checkpoint, and no checkpoints/step-N of a training run: "
         "give the folder that train/pretrain.py wrote"
+    )
+
+
+def best_predictor(folder: str) -> str:
+    """Return `folder` if it holds a predictor, else the best one of the fine-tuning run in it.
+
+    Raises
+    ------
+    CheckpointError
+        If there is none.
+    """
+    from brainlm import hub
+    from brainlm.predictor_checkpoint import FILES, is_predictor
+
+    folder = hub.local_folder(folder, FILES) if hub.is_hub_id(folder) else folder
+    store = Store(folder)
+    if is_predictor(folder) or store.exists("config.json"):
+        return folder  # without a head, `Predictor.from_pretrained` says what is missing
+    steps = [(int(m[1]), name) for name in store.names("checkpoints") if (m := re.fullmatch(r"best-step-(\d+)", name))]
+    for _, name in sorted(steps, reverse=True):
+        if is_predictor(store.url_of(f"checkpoints/{name}")):
+            return store.url_of(f"checkpoints/{name}")
+    raise CheckpointError(
+        f"{folder} holds no predictor, and no checkpoints/best-step-N of a fine-tuning run: give the folder that "
+        "train/finetune.py wrote"
     )
 
 

@@ -36,6 +36,28 @@ def find_files(given: Sequence[str]) -> list[str]:
     ConfigError
         If a pattern finds nothing, a file is of another kind, or two files would be the same recording.
     """
+    by_id: dict[str, str] = {}
+    for url in expand(given):
+        if PurePosixPath(url).suffix not in SUFFIXES:
+            raise ConfigError(
+                f"data: {url} is neither a prepared data set nor a series file ({', '.join(SUFFIXES)}). Images and "
+                f"other files are prepared first, as the checkpoint wants them: {PREPARE}; then data=DATASET"
+            )
+        name = recording_id_of(url)
+        if name in by_id:
+            raise ConfigError(f"data: {url} and {by_id[name]} would both be recording {name!r}: give one of them")
+        by_id[name] = url
+    return [by_id[name] for name in sorted(by_id)]
+
+
+def expand(given: Sequence[str]) -> list[str]:
+    """Return the files that names and patterns stand for, each once.
+
+    Raises
+    ------
+    ConfigError
+        If a pattern finds nothing, or has wildcards in its folder.
+    """
     found: list[str] = []
     for name in given:
         folder, _, last = name.rpartition("/")
@@ -49,18 +71,7 @@ def find_files(given: Sequence[str]) -> list[str]:
         if not here:
             raise ConfigError(f"data: {name} finds no file")
         found += here
-    by_id: dict[str, str] = {}
-    for url in dict.fromkeys(found):
-        if PurePosixPath(url).suffix not in SUFFIXES:
-            raise ConfigError(
-                f"data: {url} is neither a prepared data set nor a series file ({', '.join(SUFFIXES)}). Images and "
-                f"other files are prepared first, as the checkpoint wants them: {PREPARE}; then data=DATASET"
-            )
-        name = recording_id_of(url)
-        if name in by_id:
-            raise ConfigError(f"data: {url} and {by_id[name]} would both be recording {name!r}: give one of them")
-        by_id[name] = url
-    return [by_id[name] for name in sorted(by_id)]
+    return list(dict.fromkeys(found))
 
 
 def recording_id_of(url: str) -> str:

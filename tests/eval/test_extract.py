@@ -23,9 +23,9 @@ from brainlm.model import BrainLM, ModelConfig
 from brainlm.recording import Recording
 from brainlm.store import Store
 from brainlm.testing import write_synthetic_dataset
-from eval import embedding_table
-from eval.embedding_table import read_facts
+from eval import table_parts
 from eval.extract import main
+from eval.table_parts import read_facts
 from tests.eval.conftest import MISSING, TRAINED_ON
 
 P = 24
@@ -126,7 +126,7 @@ def test_the_table_can_lie_on_any_storage(finished: Path, checkpoint: str, datas
 def test_row_groups_have_a_fixed_size(
     finished: Path, checkpoint: str, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(embedding_table, "GROUP_ROWS", 10)
+    monkeypatch.setattr(table_parts, "GROUP_ROWS", 10)
     for step in (4, 100):
         more = f"recordings_per_part={step}"
         assert main(arguments(checkpoint, dataset.store.url, tmp_path / f"{step}.parquet", more)) == 0
@@ -318,8 +318,8 @@ def test_another_atlas_and_tr_are_adapted_only_when_that_is_asked_for(
 
 
 def test_a_difference_of_scale_is_said(checkpoint: str, model: BrainLM, tmp_path: Path, capsys: Captured) -> None:
-    from eval.extract_plan import check_dataset
     from eval.extract_settings import ExtractSettings
+    from eval.table_plan import check_dataset
 
     louder = replace(model.contract, iqr=model.contract.iqr * 3)
     settings = ExtractSettings(checkpoint=checkpoint, data="x", out="x.parquet")

@@ -1,4 +1,4 @@
-"""What an extraction will do: the checkpoint, the recordings in parts, and how the one is adapted to the other.
+"""What a table is made of: the checkpoint, the recordings in parts, and how the one is adapted to the other.
 
 A part is a few recordings of one shard, or a few files: a worker opens that shard alone, so that nothing in it grows
 with the cohort. Parts are found from the manifest; no shard is read here.
@@ -16,8 +16,10 @@ from brainlm.input_contract import InputContract
 from brainlm.store import Store
 from brainlm.windows import TR_TOLERANCE_S
 from eval.extract_settings import ExtractSettings
-from eval.models import newest_checkpoint, open_model
+from eval.models import best_predictor, newest_checkpoint, open_model
+from eval.predict_settings import PredictSettings
 from eval.series_files import find_files
+from eval.table_settings import TableSettings
 
 VERSION = 1  # of the numbers and columns: raise it when the same settings give others
 
@@ -44,16 +46,17 @@ class Part:
 class Job:
     """What a worker is told besides its part. `key` identifies everything that decides the numbers."""
 
-    settings: ExtractSettings
+    settings: TableSettings
     folder: str
     weights_sha256: str
     dataset_url: str
     own_contract: InputContract | None
+    adapted: tuple[str, ...]
     key: str
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ExtractPlan:
+class TablePlan:
     """A job, its parts in the order of the rows, and what the table says of itself."""
 
     job: Job
@@ -61,13 +64,15 @@ class ExtractPlan:
     parts: tuple[Part, ...]
     notes: tuple[str, ...]
     facts: dict[str, Any]
+    refused: tuple[dict[str, str], ...] = ()
+    """Recordings that could not be made readable, as rows of the table of rejections."""
 
     @property
     def num_recordings(self) -> int:
         return sum(map(len, self.parts))
 
 
-def make_extract_plan(settings: ExtractSettings) -> ExtractPlan:
+def make_table_plan(settings: TableSettings) -> TablePlan:
     """Open checkpoint and data, and check that the one can be fed the other.
 
     Raises
@@ -75,10 +80,10 @@ def make_extract_plan(settings: ExtractSettings) -> ExtractPlan:
     ConfigError
         If parcels or TR are others and the settings do not say how to adapt; if there are no recordings.
     """
-    folder = newest_checkpoint(settings.checkpoint)
-    model = open_model(folder)
+    folder = checkpoint_of(settings)
+    model = open_for(settings, folder)
     contract: InputContract = model.contract
-    if settings.per_parcel:
+    if isinstance(settings, ExtractSettings) and settings.per_parcel:
         from brainlm.embedding import why_no_parcels
 
         if reason := why_no_parcels(model):
@@ -98,14 +103,15 @@ def make_extract_plan(settings: ExtractSettings) -> ExtractPlan:
     subjects = getattr(model, "train_subjects", None)
     if subjects is None:
         notes += ("who the checkpoint was trained on is not known: seen_in_training is empty",)
-    tree = [VERSION, settings.hashed(), model.weights_sha256, contract.dumps(), identity]
-    key = config_hash({"extract": tree})
+    tree = [VERSION, type(settings).__name__, settings.hashed(), model.weights_sha256, contract.dumps(), identity]
+    key = config_hash({"table": tree})
     job = Job(
         settings=settings,
         folder=folder,
         weights_sha256=model.weights_sha256,
         dataset_url="" if dataset is None else dataset.store.url,
         own_contract=None if dataset is None else dataset.contract,
+        adapted=notes,
         key=key,
     )
     facts = {
@@ -121,10 +127,26 @@ def make_extract_plan(settings: ExtractSettings) -> ExtractPlan:
         "tr_s": contract.tr_s,
         "parcel_names": list((contract if dataset is None else dataset.contract).atlas.parcel_names),
     }
-    return ExtractPlan(job=job, contract=contract, parts=tuple(parts), notes=notes, facts=facts)
+    return TablePlan(job=job, contract=contract, parts=tuple(parts), notes=notes, facts=facts)
 
 
-def check_dataset(own: InputContract, contract: InputContract, settings: ExtractSettings) -> tuple[str, ...]:
+def checkpoint_of(settings: TableSettings) -> str:
+    """Return the folder that `settings.checkpoint` stands for: of a training run, its newest or best checkpoint."""
+    if isinstance(settings, PredictSettings):
+        return best_predictor(settings.checkpoint)
+    return newest_checkpoint(settings.checkpoint)
+
+
+def open_for(settings: TableSettings, folder: str) -> Any:
+    """Load the checkpoint as what the table needs: an encoder, or a predictor."""
+    if isinstance(settings, PredictSettings):
+        from brainlm.predictor import Predictor
+
+        return Predictor.from_pretrained(folder)
+    return open_model(folder)
+
+
+def check_dataset(own: InputContract, contract: InputContract, settings: TableSettings) -> tuple[str, ...]:
     """Return what is adapted when recordings of contract `own` are fed to a model of `contract`."""
     if settings.tr_s is not None:
         raise ConfigError("tr_s is for series files: the recordings of a data set have their own")
@@ -153,7 +175,7 @@ def check_dataset(own: InputContract, contract: InputContract, settings: Extract
     return (*notes, *_of_recording(settings))
 
 
-def check_files(contract: InputContract, settings: ExtractSettings) -> tuple[str, ...]:
+def check_files(contract: InputContract, settings: TableSettings) -> tuple[str, ...]:
     """Return what is assumed of series files."""
     if settings.scaled_by == "dataset":
         raise ConfigError("scaled_by=dataset: series files have no statistics; prepare them with data_prep/prepare.py")
@@ -170,7 +192,7 @@ def check_files(contract: InputContract, settings: ExtractSettings) -> tuple[str
     return (*notes, *_of_recording(settings))
 
 
-def _of_recording(settings: ExtractSettings) -> tuple[str, ...]:
+def _of_recording(settings: TableSettings) -> tuple[str, ...]:
     own = "each recording is scaled by its own median and IQR: differences in amplitude between recordings are lost"
     return (own,) if settings.scaled_by == "recording" else ()
 
@@ -179,14 +201,14 @@ def _name(contract: InputContract) -> str:
     return f"{contract.atlas.name} ({contract.atlas.num_parcels} columns)"
 
 
-def _statistics_from(contract: InputContract, dataset: Dataset | None, settings: ExtractSettings) -> str:
+def _statistics_from(contract: InputContract, dataset: Dataset | None, settings: TableSettings) -> str:
     if settings.scaled_by == "recording":
         return "recording"
     whose = dataset.contract if settings.scaled_by == "dataset" and dataset is not None else contract
     return f"{settings.scaled_by}: {whose.statistics_from}"
 
 
-def _dataset(settings: ExtractSettings) -> Dataset | None:
+def _dataset(settings: TableSettings) -> Dataset | None:
     """Open the data set, None if series files were given."""
     given = (settings.data,) if isinstance(settings.data, str) else settings.data
     if len(given) > 1 or any(c in given[0] for c in "*?["):
@@ -197,7 +219,7 @@ def _dataset(settings: ExtractSettings) -> Dataset | None:
     return None
 
 
-def _of_shards(dataset: Dataset, settings: ExtractSettings) -> list[Part]:
+def _of_shards(dataset: Dataset, settings: TableSettings) -> list[Part]:
     step = settings.recordings_per_part
     return [
         Part(

@@ -1,4 +1,4 @@
-"""The table of embeddings: its columns, the parts that workers leave, and the whole that is made of them.
+"""The parts of a table that workers leave, and the whole that is made of them.
 
 A part is one parquet file below ``<out>.parts/<key>/``: rows, and in its metadata what was rejected. The whole is
 written row group by row group, its bytes the same however the work was divided.
@@ -12,16 +12,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
-from brainlm.embedding import RecordingEmbedding
 from brainlm.errors import StoreError
-from brainlm.recording import Recording
 from brainlm.store import Store
-from eval.extract_plan import ExtractPlan, Job, Part
+from eval.table_plan import Job, Part, TablePlan
 
 IDS = ("recording_id", "subject", "session", "task", "run", "site")
 TEXTS = (*IDS, "split")
@@ -33,51 +29,13 @@ GROUP_ROWS = 4096
 
 @dataclass(frozen=True)
 class Rejected:
-    """A recording that has no embedding, and why."""
+    """A recording without a row, and why."""
 
     recording_id: str
     subject: str
     split: str
     source: str
     reason: str
-
-
-class Rows:
-    """Rows of the table, gathered for one part."""
-
-    def __init__(self, per_window: bool, per_parcel: bool) -> None:
-        self._per_window, self._per_parcel = per_window, per_parcel
-        self._plain: list[dict[str, Any]] = []
-        self._vectors: dict[str, list[NDArray[np.float32]]] = {"cls": [], "pooled": []}
-        if per_parcel:
-            self._vectors["parcels"] = []
-
-    def add(self, recording: Recording, found: RecordingEmbedding, *, split: str, seen: bool | None) -> None:
-        """Append the rows of one recording."""
-        row = {name: getattr(recording, name) for name in IDS}
-        row |= {"split": split, "tr_s": recording.tr_s, "num_parcels": found.num_parcels, "seen_in_training": seen}
-        if self._per_window:
-            for start_s, num_kept in zip(found.starts_s.tolist(), found.num_kept.tolist()):
-                self._plain.append({**row, "start_s": start_s, "num_kept": num_kept})
-        else:
-            self._plain.append({**row, "num_windows": len(found), "num_kept": int(found.num_kept.sum())})
-        for name, rows in self._vectors.items():
-            whole = getattr(found, name) if self._per_window else getattr(found, f"mean_{name}")[None]
-            rows.extend(np.ascontiguousarray(whole.reshape(len(whole), -1)))
-
-    def table(self) -> pa.Table | None:
-        """Return the rows; None if there are none, because how long the vectors are is then not known."""
-        if not self._plain:
-            return None
-        timing = [("start_s", pa.float64())] if self._per_window else [("num_windows", pa.int32())]
-        kinds: list[tuple[str, pa.DataType]] = [(name, pa.string()) for name in TEXTS]
-        kinds += [("tr_s", pa.float64()), *timing, ("num_kept", pa.int32()), ("num_parcels", pa.int32())]
-        kinds += [("seen_in_training", pa.bool_())]
-        columns = [pa.array([row[name] for row in self._plain], type=kind) for name, kind in kinds]
-        for vectors in self._vectors.values():
-            values = pa.array(np.concatenate(vectors), type=pa.float32())
-            columns.append(pa.FixedSizeListArray.from_arrays(values, len(vectors[0])))
-        return pa.table(columns, names=[name for name, _ in kinds] + list(self._vectors))
 
 
 def parts_folder(job: Job) -> str:
@@ -89,9 +47,8 @@ def part_file(job: Job, part: Part) -> str:
     return f"{parts_folder(job)}/{job.key}/{part.name}.parquet"
 
 
-def write_part(store: Store, name: str, rows: Rows, rejected: Sequence[Rejected]) -> None:
-    """Write a part's file, atomically: rows and rejections appear together."""
-    table = rows.table()
+def write_part(store: Store, name: str, table: pa.Table | None, rejected: Sequence[Rejected]) -> None:
+    """Write a part's file, atomically: rows (None = there are none) and rejections appear together."""
     table = pa.table({}) if table is None else table
     table = table.replace_schema_metadata({REJECTED: json.dumps([asdict(one) for one in rejected])})
     buffer = io.BytesIO()
@@ -104,19 +61,20 @@ def parts_done(store: Store, job: Job) -> set[str]:
     return {name.removesuffix(".parquet") for name in store.names(f"{parts_folder(job)}/{job.key}")}
 
 
-def join_parts(store: Store, plan: ExtractPlan, provenance: dict[str, Any]) -> tuple[int, list[Rejected]]:
+def join_parts(store: Store, plan: TablePlan, provenance: dict[str, Any]) -> tuple[int, list[Rejected]]:
     """Write the whole table from its parts, in bounded memory; return its rows and what was rejected.
 
-    The table of rejections is written first, so that a whole table always has it beside it. If no recording has an
-    embedding there is no whole table.
+    The table of rejections is written first, so that a whole table always has it beside it. If no recording has a
+    row there is no whole table.
     """
-    rejected: list[Rejected] = []
+    rejected = [Rejected(**row) for row in plan.refused]
     tables = _read_parts(store, plan, rejected)
     first = next(tables, None)
     job, num_rows = plan.job, 0
     if first is not None:
-        width = first.schema.field("cls").type.list_size
-        facts = plan.facts | {"width": width} | provenance
+        facts = plan.facts | provenance
+        if "cls" in first.schema.names:
+            facts |= {"width": first.schema.field("cls").type.list_size}
         schema = first.schema.with_metadata({METADATA: json.dumps(facts)})
         with store.new_file(job.settings.file_name) as path:
             with pq.ParquetWriter(path, schema, use_dictionary=list(TEXTS)) as writer:
@@ -143,7 +101,7 @@ def write_rejected(store: Store, job: Job, rejected: Sequence[Rejected]) -> None
 
 
 def read_facts(store: Store, name: str) -> dict[str, Any]:
-    """Return what a table of embeddings says of itself ({} if it is another table); reads its end alone.
+    """Return what a table says of itself ({} if it is another table); reads its end alone.
 
     Raises
     ------
@@ -161,7 +119,7 @@ def read_facts(store: Store, name: str) -> dict[str, Any]:
     return facts
 
 
-def _read_parts(store: Store, plan: ExtractPlan, rejected: list[Rejected]) -> Iterator[pa.Table]:
+def _read_parts(store: Store, plan: TablePlan, rejected: list[Rejected]) -> Iterator[pa.Table]:
     """Yield the rows of each part that has any, and gather rejections on the way."""
     for part in plan.parts:
         name = part_file(plan.job, part)
@@ -177,7 +135,7 @@ def _read_parts(store: Store, plan: ExtractPlan, rejected: list[Rejected]) -> It
 def _regrouped(first: pa.Table, rest: Iterator[pa.Table]) -> Iterator[pa.Table]:
     """Yield the same rows in groups of a fixed number, by the size of a row."""
     row_bytes = sum(field.type.list_size * 4 for field in first.schema if pa.types.is_fixed_size_list(field.type))
-    num_rows = max(1, min(GROUP_ROWS, GROUP_BYTES // row_bytes))
+    num_rows = max(1, min(GROUP_ROWS, GROUP_BYTES // max(row_bytes, 1)))
     waiting = first
     for table in rest:
         while len(waiting) >= num_rows:
