@@ -17,6 +17,7 @@ from brainlm.config import Section
 from brainlm.errors import ConfigError
 
 Pooling = Literal["cls", "mean", "attentive"]
+SHRINKAGE = 0.1  # of the whitening; LOG.md has what else was tried
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,9 +40,10 @@ class HeadConfig(Section):
 class Head(nn.Module):
     """Three layers with ReLU and dropout between them.
 
-    What it reads is standardised first, by a mean and SD that are set before training and not learned: the CLS token of
-    a pretrained encoder differs little between people, beside what all have in common. They are kept in float32 in
-    whatever format the weights are, or rounding the mean would move what is learned.
+    What it reads is whitened first, by a mean and a matrix that are set before training and not learned: features of a
+    pretrained encoder differ little between people, beside what all have in common, and most in few directions, which
+    alone would be learned from in the steps that there are. Both are kept in float32 in whatever format the weights
+    are, or rounding the mean would move what is learned.
 
     Parameters
     ----------
@@ -59,7 +61,7 @@ class Head(nn.Module):
         self.layer2 = nn.Linear(hidden, hidden)
         self.out = nn.Linear(hidden, num_outputs)
         self.feature_mean = torch.zeros(width)  # no buffers: these are not to be rounded with the weights
-        self.feature_sd = torch.ones(width)
+        self.whitener = torch.eye(width)
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Set all initial values. The first answers are near the best constant."""
@@ -71,12 +73,19 @@ class Head(nn.Module):
             if self.query is not None:
                 self.query.zero_()
 
-    def set_standardisation(self, features_ND: Tensor) -> None:
-        """Take mean and SD from features of the training subjects; what does not vary is left as it is."""
-        features = features_ND.double()
-        sd = features.std(dim=0, correction=0)
-        self.feature_mean = features.mean(dim=0).float().cpu()
-        self.feature_sd = torch.where(sd > 1e-6 * sd.max().clamp(min=1e-30), sd, 1.0).float().cpu()
+    def set_whitening(self, features_ND: Tensor) -> None:
+        """Take mean and covariance from features of the training subjects.
+
+        The matrix is (C + `SHRINKAGE` trace(C) / D)^-1/2, symmetric: directions of less than that variance are raised
+        no further, since they hold rounding and noise.
+        """
+        features = features_ND.double().cpu()
+        mean = features.mean(dim=0)
+        cov = (features - mean).T @ (features - mean) / len(features)
+        values, vectors = torch.linalg.eigh(cov)
+        average = values.mean().clamp(min=1e-12)  # features that do not vary at all
+        self.feature_mean = mean.float()
+        self.whitener = ((vectors * (values.clamp(min=0) + SHRINKAGE * average).rsqrt()) @ vectors.T).float()
 
     def pool(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
         """Return the mean over tokens (B, D), weighted by how well each answers the query: ``attentive``."""
@@ -90,8 +99,8 @@ class Head(nn.Module):
 
     def forward(self, features_BD: Tensor) -> Tensor:
         """Return outputs (B, O), float32."""
-        mean, sd = self.feature_mean.to(features_BD.device), self.feature_sd.to(features_BD.device)
-        x = ((features_BD.float() - mean) / sd).to(self.layer1.weight.dtype)
+        mean, whitener = self.feature_mean.to(features_BD.device), self.whitener.to(features_BD.device)
+        x = ((features_BD.float() - mean) @ whitener).to(self.layer1.weight.dtype)
         p = self.config.dropout
         x = F.dropout(F.relu(self.layer1(F.dropout(x, p, self.training))), p, self.training)
         x = F.dropout(F.relu(self.layer2(x)), p, self.training)

@@ -2,7 +2,7 @@
 
 ::
 
-    head.safetensors    float32 weights of the head, and what standardises its input
+    head.safetensors    float32 weights of the head, and what whitens its input
     head.json           its sizes, targets with their transforms, and hashes of head and encoder
     README.md           what it predicts, from whom it learned, and what it must be fed
     ...                 the files of `brainlm.checkpoint` (or of a published model): the encoder, which loads alone, too
@@ -35,7 +35,7 @@ from brainlm.train_subjects import TrainSubjects
 FORMAT_VERSION = 1
 WEIGHTS, HEAD = "head.safetensors", "head.json"
 FILES = (*encoder_checkpoint.FILES, WEIGHTS, HEAD)
-MEAN, SD = "feature_mean", "feature_sd"
+MEAN, WHITENER = "feature_mean", "whitener"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ def save_predictor(
     for name, tensor in state.items():
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor.detach().float().cpu().contiguous()
-    data = save({**parts["head"], MEAN: predictor.head.feature_mean, SD: predictor.head.feature_sd})
+    data = save({**parts["head"], MEAN: predictor.head.feature_mean, WHITENER: predictor.head.whitener})
     store = Store(folder)
     store.remove(CONFIG)  # until it is back, the folder counts as unfinished
     store.remove(HEAD)
@@ -134,7 +134,7 @@ def load_predictor(path_or_hub_id: str, revision: str | None = None) -> Predicto
     predictor = Predictor(encoder, found.head, found.targets)
     try:
         state = load(data)
-        predictor.head.feature_mean, predictor.head.feature_sd = state.pop(MEAN), state.pop(SD)
+        predictor.head.feature_mean, predictor.head.whitener = state.pop(MEAN), state.pop(WHITENER)
         predictor.head.load_state_dict(state)
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{store.url_of(WEIGHTS)} does not fit its {HEAD}: {error}") from error

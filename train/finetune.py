@@ -3,8 +3,9 @@
     python train/finetune.py --config train/configs/finetune_age.yaml [section.key=value ...]
     deepspeed --num_accelerators 2 train/finetune.py --config train/configs/finetune_age.yaml
 
-Writes the best weights, with head and transforms, to ``checkpoints/best-step-N`` of the run's folder, and what they
-predict for validation and test subjects to ``predictions.parquet`` and ``scores.json``. A run that was stopped goes on
+Writes the best weights, with head and transforms, to ``checkpoints/best-step-N`` of the run's folder, who was trained,
+validated and tested on to ``split.parquet``, and what the best weights predict for validation and test subjects to
+``predictions.parquet`` and ``scores.json``. A run that was stopped goes on
 from its newest snapshot when the same command is given again.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -42,17 +44,17 @@ from train.precision import resolve_precision
 from train.predictor_parts import (
     columns_of,
     fit_targets,
-    fitted_tree,
     load_encoder,
-    set_fitted,
     set_trained,
-    standardise,
+    set_whitening_text,
+    whiten,
+    whitening_text,
 )
-from train.run_files import MANIFEST, describe, places
+from train.run_files import describe
 from train.run_training import Parts, run_training
 from train.settings import ValidationSettings, micro_batches, num_steps
 from train.start_up import StartUp
-from train.subject_split import SubjectSplit, split_subjects
+from train.subject_split import SubjectSplit, split_subjects, write_split
 from train.target_batches import HeldOutTargets, TargetLoader, encode_all
 from train.watchdog import EXIT_STATUS, LostRankError
 
@@ -114,9 +116,8 @@ class FineTuning:
         logger.info("subjects: %s; %d recordings left out", counts, len(split.left_out))
         for reason in sorted(set(split.left_out.values())):
             logger.info("left out: %d recordings: %s", list(split.left_out.values()).count(reason), reason)
-        if self.world.is_rank_zero and split.left_out:
-            tree = [{"recording_id": name, "reason": reason} for name, reason in split.left_out.items()]
-            Store(self.settings.run.out).write_json("left_out.json", tree)
+        if self.world.is_rank_zero:
+            write_split(Store(self.settings.run.storage or self.settings.run.out), cohort, split)
         return split
 
     def _predictor(self, start: StartUp) -> Parts:
@@ -128,16 +129,9 @@ class FineTuning:
         predictor = Predictor(encoder, settings.head, fit_targets(settings, cohort, split))
         predictor.head.init_weights(torch.Generator().manual_seed(settings.run.seed))
         encoder_trained = set_trained(encoder, settings.encoder, decoder=False)
-        fitted: dict[str, Any] | None = None
-        if world.is_rank_zero:  # what a run began with, so that it goes on with the same on any machine
-            home = places(settings)[0]
-            fitted = home.read_json(MANIFEST).get("fitted") if home.exists(MANIFEST) else None
-            if fitted is None:
-                standardise(predictor, readers["train"])
-                fitted = fitted_tree(predictor.targets, predictor)
-        fitted = start.from_rank_zero(fitted)
-        assert fitted is not None
-        set_fitted(predictor, fitted)
+        if world.is_rank_zero:
+            whiten(predictor, readers["train"])
+        set_whitening_text(predictor, start.from_rank_zero(whitening_text(predictor)))
 
         seed = settings.run.seed if settings.permute_targets else None
         train_columns = columns_of(predictor.targets, cohort, split.roles["train"], seed)
@@ -159,7 +153,7 @@ class FineTuning:
         )  # fmt: skip
         manifest = self._manifest(predictor, mix, steps) | origin
         manifest |= {
-            "targets": fitted_tree(predictor.targets, predictor)["targets"],
+            "targets": [asdict(target) for target in predictor.targets],
             "encoder_trained": encoder_trained,
             "untrained": settings.encoder.untrained,
             "permuted": settings.permute_targets,
@@ -178,7 +172,7 @@ class FineTuning:
             forward = flops_per_window(encoder.config, encoder.num_parcels, 0.0)
             flops, tokens = forward * (3 if encoder_trained else 1), encoder.num_rows * encoder.config.num_patches
         objective = Objective(predictor, mix, held_out.score, flops, tokens)
-        return Parts(objective, steps, manifest | {"fitted": fitted_tree(predictor.targets, predictor)}, save, False)
+        return Parts(objective, steps, manifest, save, keeps_last=False)
 
     def _forecaster(self) -> Parts:
         settings, dataset = self.settings, self.dataset
@@ -215,7 +209,9 @@ class FineTuning:
         def save(url: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> str:
             return save_checkpoint(url, model, manifest | facts, subjects, weights, pretrained_on)
 
-        return Parts(rebuild_hidden(model, mix, masks, {dataset.name: held_out}), steps, manifest, save, False)
+        return Parts(
+            rebuild_hidden(model, mix, masks, {dataset.name: held_out}), steps, manifest, save, keeps_last=False
+        )
 
     def _loading(self, encoder: Any) -> dict[str, Any]:
         settings, world = self.settings, self.world

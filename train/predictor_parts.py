@@ -1,16 +1,15 @@
-"""A predictor before its first step: encoder, fitted targets, standardised features; and what of it is trained."""
+"""A predictor before its first step: encoder, fitted targets, whitened features; and what of it is trained."""
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from brainlm.config import build
 from brainlm.dataset import Dataset
 from brainlm.embedding import side_by_side
 from brainlm.errors import ConfigError, DataError
@@ -26,7 +25,7 @@ from train.finetune_settings import EncoderSettings, FinetuneSettings
 from train.first_weights import adopt
 from train.subject_split import SubjectSplit
 
-MAX_STANDARDISED = 512  # recordings whose first window gives mean and SD of what the head reads
+MAX_WHITENED = 512  # recordings whose windows give mean and covariance of what the head reads
 _PERMUTED = 0x9E
 
 Encoder = BrainLM | PublishedModel
@@ -92,32 +91,27 @@ def columns_of(
     return [[column[first[given_to[member.subject]]] for member in members] for column in columns]
 
 
-@torch.no_grad()
-def standardise(predictor: Predictor, reader: ChosenRecordings) -> None:
-    """Set mean and SD of what the head reads, from the first windows of training recordings."""
-    step = -(-len(reader) // MAX_STANDARDISED)
+def whiten(predictor: Predictor, reader: ChosenRecordings) -> None:
+    """Set how the head whitens what it reads, from the windows of training recordings."""
+    step = -(-len(reader) // MAX_WHITENED)
     features: list[Tensor] = []
-    with evaluating(predictor):
+    with evaluating(predictor) as device:
         for index in range(0, len(reader), step):
             _, _, windows = side_by_side(predictor.contract, reader.as_recording(index), native_tr=True)
-            features.append(predictor.features(windows[:1]).float())
-    predictor.head.set_standardisation(torch.cat(features))
+            features.append(predictor.features(windows.to(device)).float().cpu())
+    predictor.head.set_whitening(torch.cat(features))
 
 
-def fitted_tree(targets: Sequence[Target], predictor: Predictor) -> dict[str, Any]:
-    """Return what was fitted before the first step, for the manifest."""
-    return {
-        "targets": [asdict(target) for target in targets],
-        "feature_mean": predictor.head.feature_mean.tolist(),
-        "feature_sd": predictor.head.feature_sd.tolist(),
-    }
+def whitening_text(predictor: Predictor) -> list[str]:
+    """Return mean and matrix as text, exactly: what ranks can tell each other."""
+    parts = (predictor.head.feature_mean, predictor.head.whitener)
+    return [base64.b64encode(part.numpy().tobytes()).decode() for part in parts]
 
 
-def set_fitted(predictor: Predictor, tree: dict[str, Any]) -> None:
-    """Put back what `fitted_tree` gave."""
-    predictor.targets = tuple(build(Target, target, "manifest.json: fitted") for target in tree["targets"])
-    predictor.head.feature_mean = torch.tensor(tree["feature_mean"], dtype=torch.float32)
-    predictor.head.feature_sd = torch.tensor(tree["feature_sd"], dtype=torch.float32)
+def set_whitening_text(predictor: Predictor, text: Sequence[str]) -> None:
+    """Put back what `whitening_text` gave."""
+    mean, whitener = (torch.from_numpy(np.frombuffer(base64.b64decode(part), np.float32).copy()) for part in text)
+    predictor.head.feature_mean, predictor.head.whitener = mean, whitener.view(len(mean), len(mean))
 
 
 def set_trained(encoder: Encoder, settings: EncoderSettings, *, decoder: bool) -> bool:

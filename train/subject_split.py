@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from brainlm.errors import ConfigError
+from brainlm.store import Store
 from brainlm.train_subjects import TrainSubjects
 from train.cohort import Cohort, Member
 from train.finetune_settings import SplitSettings
 
 ROLES = ("train", "val", "test")
+SPLIT = "split.parquet"
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +95,23 @@ def split_subjects(
         why = f"; {len(left_out)} recordings were left out ({next(iter(left_out.values()))})" if left_out else ""
         raise ConfigError(f"no subjects in {' and '.join(empty)} (subjects: {counts}){why}")
     return SubjectSplit(roles, None if pretrained_on is None else len(found), left_out)
+
+
+def write_split(store: Store, cohort: Cohort, split: SubjectSplit) -> None:
+    """Write who has which role: one row a recording, those that were left out with the reason."""
+    import pandas as pd
+
+    role_of = {member.recording_id: role for role, members in split.roles.items() for member in members}
+    rows = [
+        {
+            "recording_id": member.recording_id, "subject": member.subject, "group": member.group,
+            "split": role_of.get(member.recording_id, ""), "left_out": split.left_out.get(member.recording_id, ""),
+        }
+        for member in cohort.members
+    ]  # fmt: skip
+    buffer = io.BytesIO()
+    pd.DataFrame(rows).to_parquet(buffer)
+    store.write_bytes(SPLIT, buffer.getvalue())
 
 
 def _seen(members: Sequence[Member], pretrained_on: TrainSubjects | None) -> set[str]:

@@ -36,7 +36,7 @@ def predictor_on(encoder: Any, **head: Any) -> Predictor:
     predictor.head.init_weights(generator)
     with torch.no_grad():  # far from the first answers
         predictor.head.out.weight.normal_(generator=generator)
-    predictor.head.set_standardisation(torch.randn(20, predictor.head.layer1.in_features, generator=generator))
+    predictor.head.set_whitening(torch.randn(20, predictor.head.layer1.in_features, generator=generator))
     return predictor.eval()
 
 

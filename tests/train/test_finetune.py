@@ -141,9 +141,12 @@ def test_the_exported_checkpoint_predicts_what_the_table_says(finished: Path, da
 
 
 def test_pretraining_subjects_are_left_out_and_everybody_it_learned_from_is_remembered(finished: Path) -> None:
-    left_out = json.loads((finished / "left_out.json").read_text())
+    split = pd.read_parquet(finished / "split.parquet")
+    left_out = split[split["split"] == ""]
     assert len(left_out) == 8
-    assert all("pretrained on" in row["reason"] for row in left_out)
+    assert left_out["left_out"].str.contains("pretrained on").all()
+    assert split.groupby("group")["split"].nunique().max() == 1
+    assert set(split["split"]) == {"", "train", "val", "test"}
     predictor = Predictor.from_pretrained(str(best(finished)))
     assert predictor.train_subjects is not None
     table = pd.read_parquet(finished / "predictions.parquet")
