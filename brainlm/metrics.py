@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,15 @@ class Score(NamedTuple):
     """Predictions that it is over."""
     num_groups: int
     """Families, else subjects: what intervals resample."""
+
+    def record(self) -> dict[str, float | int | None]:
+        """Return it for JSON, where what is not defined is null."""
+        found = {"value": self.value, "low": self.low, "high": self.high}
+        plain = {name: value if math.isfinite(value) else None for name, value in found.items()}
+        return {**plain, "num_recordings": self.num, "num_groups": self.num_groups}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
 def r2(truth: FloatArray, predicted: FloatArray) -> float:

@@ -58,15 +58,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--runs", nargs="+", required=True, metavar="FOLDER", help="folders of fine-tuning runs")
     parser.add_argument("--out", metavar="PATH", help="JSON file to write")
     args = parser.parse_args(argv)
+    print(f"{'target':26}{'method':14}{'metric':20}value [95 % interval]")
     try:
         records = compare([read_fold(folder) for folder in args.runs])
     except BrainLMError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{'target':26}{'method':14}{'metric':20}{'value':>8}   95 % interval")
-    for r in records:
-        interval = f"{r['low']:.3f} to {r['high']:.3f}"
-        print(f"{r['target'][:25]:26}{r['method']:14}{r['metric']:20}{r['value']:8.3f}   {interval}")
     if args.out:
         Path(args.out).write_text(json.dumps(records, indent=1))
     return 0
@@ -204,12 +201,8 @@ def scores(wanted: TargetSettings, method: str, table: pd.DataFrame) -> list[dic
     records = []
     for name, metric in named.items():
         found = with_interval(metric, y, predicted, groups)
-        records.append(
-            {
-                "target": wanted.column, "method": method, "metric": name, "value": found.value, "low": found.low,
-                "high": found.high, "num": found.num, "num_groups": found.num_groups,
-            }
-        )  # fmt: skip
+        print(f"{wanted.column[:25]:26}{method:14}{name:20}{found}")
+        records.append({"target": wanted.column, "method": method, "metric": name, **found.record()})
     return records
 
 

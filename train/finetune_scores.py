@@ -56,19 +56,18 @@ def _truth(columns: dict[str, list[Any]], index: int) -> dict[str, Any]:
 
 
 def score_table(table: pd.DataFrame, targets: Sequence[Target]) -> list[dict[str, Any]]:
-    """Return one record a target, split and metric, intervals over families (else subjects)."""
+    """Return one record a target, split and metric, intervals over families (else subjects), and say those of test."""
     records = []
     for role in ("val", "test"):
         rows = table[table["split"] == role]
         for target in targets:
             for name, score in scores_of(target, rows).items():
-                records.append(
-                    {
-                        "target": target.column, "split": role, "metric": name, "value": score.value,
-                        "low": score.low, "high": score.high, "num_recordings": score.num,
-                        "num_groups": score.num_groups,
-                    }
-                )  # fmt: skip
+                records.append({"target": target.column, "split": role, "metric": name, **score.record()})
+                if role == "test":
+                    logger.info(
+                        "test %s: %s %s, %d recordings of %d families or subjects",
+                        target.column, name, score, score.num, score.num_groups,
+                    )  # fmt: skip
     return records
 
 
@@ -125,13 +124,6 @@ def write_scores(
         "metrics": EXPLAINED, "scores": records,
     }  # fmt: skip
     store.write_json(SCORES, tree)
-    for record in records:
-        if record["split"] == "test":
-            logger.info(
-                "test %s: %s %.3f [%.3f, %.3f], %d recordings of %d families or subjects", record["target"],
-                record["metric"], record["value"], record["low"], record["high"], record["num_recordings"],
-                record["num_groups"],
-            )  # fmt: skip
     for note in notes:
         logger.warning("%s", note)
     return records
