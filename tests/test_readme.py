@@ -15,6 +15,7 @@ from data_prep.simulated_cohort import SimulateConfig
 from eval.extract_settings import ExtractSettings
 from eval.settings import EvalSettings
 from eval.verdict import VerdictSettings
+from train.finetune_settings import FinetuneSettings, check_finetune_settings
 from train.settings import PretrainSettings, check_settings
 
 ROOT = Path(__file__).parents[1]
@@ -61,11 +62,15 @@ def test_every_config_is_accepted_and_says_what_it_is_for(path: Path) -> None:
         cls = SimulateConfig
     elif path.name.endswith("_verdict.yaml"):
         cls = VerdictSettings
+    elif path.name.startswith("finetune_"):
+        cls = FinetuneSettings
     elif path.name.endswith("_embeddings.yaml"):
         cls = ExtractSettings
     settings = load_config(cls, ROOT / path)
     if isinstance(settings, PretrainSettings):
         check_settings(settings, world_size=2)
+    if isinstance(settings, FinetuneSettings):
+        check_finetune_settings(settings, world_size=2)
 
 
 def test_the_demo_runs_the_programs_with_their_own_demo_configs() -> None:

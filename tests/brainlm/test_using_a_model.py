@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from brainlm.heads import HeadConfig
 from brainlm.input_contract import InputContract
 from brainlm.model import BrainLM, ModelConfig
+from brainlm.predictor import Predictor
+from brainlm.targets import Target, TargetSettings
 from brainlm.testing import synthetic_atlas, synthetic_system, write_synthetic_dataset
 from eval.extract import main as extract
 
@@ -40,6 +43,18 @@ def checkpoint(folder: str, **sizes: Any) -> None:
     model.save_pretrained(folder)
 
 
+def predictor(folder: str) -> None:
+    """Give the checkpoint a head with random weights."""
+    targets = (
+        Target.fit(TargetSettings(column="age"), [20.0, 40.0, 70.0]),
+        Target.fit(TargetSettings(column="sex", kind="classification"), ["F", "M", "M"]),
+    )
+    made = Predictor(BrainLM.from_pretrained("CHECKPOINT"), HeadConfig(pooling="mean"), targets)
+    made.head.init_weights(torch.Generator().manual_seed(0))
+    made.manifest = {"targets": [{"column": "age"}, {"column": "sex"}], "pretraining_subjects": 0}
+    made.save_pretrained(folder)
+
+
 def images() -> np.ndarray[Any, Any]:
     """Write an atlas of cubes and a run in which their voxels have the parcels' series; return these."""
     import nibabel
@@ -64,6 +79,7 @@ def names(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         checkpoint("CHECKPOINT")
         checkpoint("GROUPED", patch_parcels=4)
         write_synthetic_dataset("DATASET", num_subjects={"train": 3, "test": 1}, num_parcels=8, seed=1)
+        predictor("PREDICTOR")
         words = ["--checkpoint", "CHECKPOINT", "--data", "COHORT", "--out", "embeddings.parquet", "ray.workers=0"]
         write_synthetic_dataset("COHORT", num_subjects={"train": 3, "test": 1}, num_parcels=P)
         assert extract(words) == 0  # the page's first command, without Ray
@@ -87,6 +103,13 @@ def test_the_table_of_a_cohort_is_read_as_the_page_says(names: dict[str, Any]) -
     assert names["features"].shape == (4, 16)
     assert names["features"].dtype == np.float32
     assert names["about"]["weights_sha256"] == names["model"].weights_sha256
+
+
+def test_predictions_are_in_the_units_of_the_columns(names: dict[str, Any]) -> None:
+    found = names["found"]
+    assert 20 < found.values["age"] < 70
+    assert sum(found.probabilities["sex"].values()) == pytest.approx(1)
+    assert (found.num_windows, found.num_kept, found.num_parcels) == (3, T, P)
 
 
 def test_hidden_values_and_whole_windows_are_as_the_page_says(names: dict[str, Any]) -> None:
