@@ -12,12 +12,15 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from brainlm import metrics
+from brainlm.dataset import Dataset
 from brainlm.metrics import Score, with_interval
 from brainlm.predictor import Predictor
 from brainlm.store import Store
 from brainlm.targets import Target
 from train.cohort import ChosenRecordings, Cohort
-from train.subject_split import SubjectSplit
+from train.finetune_settings import FinetuneSettings
+from train.predictor_parts import load_encoder
+from train.subject_split import SubjectSplit, split_subjects
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +98,20 @@ def scores_of(target: Target, rows: pd.DataFrame) -> dict[str, Score]:
     t = target.transformed(given)[known]
     found["mse_transformed"] = with_interval(metrics.mse, t, target.transformed(predicted)[known], groups)
     return found
+
+
+def score_run(settings: FinetuneSettings, dataset: Dataset, checkpoint: str) -> None:
+    """Predict and score validation and test subjects with the best weights, unless that was done. Rank zero alone."""
+    store = Store(settings.run.storage or settings.run.out)
+    if store.exists(SCORES):
+        return
+    predictor = Predictor.from_pretrained(checkpoint)
+    _, pretrained_on, _ = load_encoder(settings, dataset)
+    cohort = Cohort(dataset)
+    split = split_subjects(cohort, settings.split, pretrained_on, predictor.contract.window_len)
+    names = ("init_from", "untrained", "permuted", "encoder_trained", "git_commit", "dataset", "data_hash", "step")
+    facts = {name: predictor.manifest.get(name) for name in names}
+    write_scores(store, predictor, cohort, split, {"checkpoint": checkpoint, **facts})
 
 
 def write_scores(

@@ -93,15 +93,16 @@ def train(
                 "grad_norm": since.grad_norm,
                 "windows_per_s": rate,
                 "tokens_per_s": rate * objective.tokens_per_window,
-                "tflops_per_s": rate * objective.flops_per_window / 1e12,
                 "data_wait": engine.max_over_ranks(mix.data_wait_s / since.elapsed_s),
                 "save_wait": since.saving_s / (since.saving_s + since.elapsed_s),
                 "seconds_trained": state.seconds_trained,
                 "memory_gb": engine.max_over_ranks(peak_memory_gb()),
                 "num_skipped": state.num_skipped,
             }
-            if peak is not None:
-                metrics["mfu"] = rate * objective.flops_per_window / (peak * world.size)
+            if objective.flops_per_window is not None:
+                metrics["tflops_per_s"] = rate * objective.flops_per_window / 1e12
+                if peak is not None:
+                    metrics["mfu"] = rate * objective.flops_per_window / (peak * world.size)
             mix.data_wait_s = 0.0
             since = _Since()
         is_best = False

@@ -29,15 +29,15 @@ class Objective:
         Takes the engine; returns ``val_loss``, ``val_r2`` and whatever else is to be logged. All ranks take part.
     examples : callable
         Returns what TensorBoard is to show, by name. Rank zero alone.
-    flops_per_window : float
-        Forward and backward.
+    flops_per_window : float or None
+        Forward and backward; None = not known.
     tokens_per_window : int
     """
 
     module: nn.Module
     mix: Mix
     score: Callable[[Engine], dict[str, float]]
-    flops_per_window: float
+    flops_per_window: float | None
     tokens_per_window: int
     examples: Callable[[], Mapping[str, Example | None]] = dict
 

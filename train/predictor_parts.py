@@ -77,7 +77,7 @@ def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit)
     return tuple(targets)
 
 
-def columns_of(
+def target_values(
     targets: Sequence[Target], cohort: Cohort, members: Sequence[Member], permute_seed: int | None = None
 ) -> list[list[Any]]:
     """Return the values of each target, one per member. With a seed they are permuted among the subjects."""

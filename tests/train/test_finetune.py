@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,19 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError
 from brainlm.model import BrainLM
+from brainlm.official import convert
+from brainlm.official_13m import NystromBrainLM
+from brainlm.official_config import NystromConfig
 from brainlm.predictor import Predictor
+from brainlm.published import PublishedModel
 from brainlm.testing import small_model
+from tests.brainlm.published_models import randomised
 from tests.phenotypes import NUM_SUBJECTS, write_phenotype_dataset
 from tests.train.conftest import metrics
 from tests.train.forked import start
@@ -277,6 +283,38 @@ def test_bad_settings_end_before_anything_is_written(
     assert main(["--config", str(write_config(tmp_path / "run")), *overrides]) == 1
     assert re.search(message, caplog.text), caplog.text
     assert not (tmp_path / "run" / "manifest.json").exists()
+
+
+def test_a_published_checkpoint_is_fine_tuned(write_config: Config, dataset: Dataset, tmp_path: Path) -> None:
+    config = NystromConfig(
+        hidden_size=16, decoder_hidden_size=16, num_hidden_layers=2, decoder_num_hidden_layers=1,
+        num_attention_heads=2, decoder_num_attention_heads=2, intermediate_size=32, decoder_intermediate_size=32,
+        num_brain_voxels=12, timepoint_patching_size=10, num_timepoints_per_voxel=40, num_landmarks=8,
+        segment_means_seq_len=8, conv_kernel_size=5, mask_ratio=0.5,
+    )  # fmt: skip
+    network = randomised(NystromBrainLM(config))
+    (tmp_path / "source").mkdir()
+    (tmp_path / "source" / "config.json").write_text(json.dumps({**asdict(config), "model_type": "brainlm_mae"}))
+    tensors = {name: value.contiguous() for name, value in network.state_dict().items()}
+    save_file(tensors, tmp_path / "source" / "model.safetensors")
+    convert(str(tmp_path / "source"), str(tmp_path / "published"), dataset.contract)
+    options: dict[str, Any] = {"init_from": str(tmp_path / "published"), "run": {"steps": 10}}
+    options |= {"encoder": {"trained": 1, "dropout": 0.2}, "head": {"pooling": "cls"}}
+    status, said = run(write_config(tmp_path / "run", **options), tmp_path / "log")
+    assert status == [1]
+    assert "does not say whom it was pretrained on" in said
+    options["split"] = {"allow_pretraining_subjects": True}
+    status, said = run(write_config(tmp_path / "run", **options), tmp_path / "log")
+    assert status == [0], said
+    predictor = Predictor.from_pretrained(str(best(tmp_path / "run")))
+    assert isinstance(predictor.encoder, PublishedModel)
+    after = predictor.encoder.network.state_dict()
+    changed = {name for name, value in after.items() if not torch.equal(value, tensors[name])}
+    assert changed
+    assert all(name.startswith(("vit.encoder.layer.1.", "vit.layernorm.")) for name in changed)
+    tree = json.loads((tmp_path / "run" / "scores.json").read_text())
+    assert "whom the checkpoint was pretrained on is not known" in tree["notes"][0]
+    assert "unknown number" in (best(tmp_path / "run") / "README.md").read_text()
 
 
 def test_allowed_pretraining_subjects_are_shown_with_every_result(write_config: Config, tmp_path: Path) -> None:
