@@ -83,7 +83,10 @@ class StoredTable:
     def __getitem__(self, names: str | list[str]) -> pd.Series | pd.DataFrame:
         if isinstance(names, str):
             return self[[names]][names]
-        return pd.concat(list(self._pieces(names, CELLS_AT_ONCE // len(names))), ignore_index=True)
+        whole = pd.concat(list(self._pieces(names, CELLS_AT_ONCE // len(names))), ignore_index=True)
+        for name in names:
+            whole[name] = _in_one_piece(whole[name])
+        return whole
 
     def blocks(self, num_rows: int) -> Iterator[pd.DataFrame]:
         """Yield `num_rows` rows at a time, a multiple of `ROWS_AT_ONCE`; one empty block where there are none."""
@@ -107,6 +110,13 @@ class StoredTable:
 
     def _positions(self) -> array[int]:
         return array("q", (position for (position,) in self._rows.execute("SELECT position FROM rows ORDER BY 1")))
+
+
+def _in_one_piece(column: pd.Series) -> pd.Series:
+    """Return a column of text whose rows lie together: picking rows takes longer the more pieces there are."""
+    if not isinstance(column.array, pd.arrays.ArrowStringArray):
+        return column
+    return pd.Series(pd.arrays.ArrowStringArray(column.array.__arrow_array__().combine_chunks()), column.index)
 
 
 Table = pd.DataFrame | StoredTable
