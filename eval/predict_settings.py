@@ -12,6 +12,7 @@ from eval.table_settings import TableSettings
 class PredictSettings(TableSettings):
     """Which recordings are predicted from by which fine-tuned checkpoint."""
 
+    KIND: ClassVar[str] = "predict"
     HOW: ClassVar[tuple[str, ...]] = ("prepare",)
 
     prepare: dict[str, Any] = field(default_factory=dict)

@@ -103,8 +103,8 @@ def make_table_plan(settings: TableSettings) -> TablePlan:
     subjects = getattr(model, "train_subjects", None)
     if subjects is None:
         notes += ("who the checkpoint was trained on is not known: seen_in_training is empty",)
-    tree = [VERSION, type(settings).__name__, settings.hashed(), model.weights_sha256, contract.dumps(), identity]
-    key = config_hash({"table": tree})
+    tree = [VERSION, settings.hashed(), model.weights_sha256, contract.dumps(), identity]
+    key = config_hash({settings.KIND: tree})
     job = Job(
         settings=settings,
         folder=folder,

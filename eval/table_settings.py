@@ -17,6 +17,7 @@ ScaledBy = Literal["checkpoint", "dataset", "recording"]
 class TableSettings(Section):
     """Which recordings are read by which checkpoint, and the table that is made of it: a row a recording."""
 
+    KIND: ClassVar[str] = "table"
     HOW: ClassVar[tuple[str, ...]] = ()
     """Further settings that decide no number by themselves."""
 
