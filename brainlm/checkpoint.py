@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,7 @@ def save_checkpoint(
     train_subjects: Iterable[str],
     weights: dict[str, torch.Tensor] | None = None,
     earlier: TrainSubjects | None = None,
+    beside: Callable[[str], dict[str, bytes]] | None = None,
 ) -> str:
     """Write a portable checkpoint and return the sha256 of its weights.
 
@@ -62,11 +63,13 @@ def save_checkpoint(
         Float32 weights gathered from a training engine; None takes the module's own.
     earlier : TrainSubjects, optional
         Who the weights that training began with had been trained on.
+    beside : callable, optional
+        Gives further files, from the sha256 of the weights; they are written before the folder counts as finished.
     """
     data, num_parameters = _serialize(model.state_dict() if weights is None else weights)
     sha256 = hashlib.sha256(data).hexdigest()
     subjects = TrainSubjects.of(sha256, train_subjects) if earlier is None else earlier.with_more(train_subjects)
-    _write(folder, model, data, sha256, num_parameters, manifest, subjects)
+    _write(folder, model, data, sha256, num_parameters, manifest, subjects, beside(sha256) if beside else {})
     return sha256
 
 
@@ -128,6 +131,7 @@ def _write(
     num_parameters: int,
     manifest: dict[str, Any],
     subjects: TrainSubjects | None,
+    beside: dict[str, bytes] | None = None,
 ) -> None:
     card = model_card.model_card(model, manifest, sha256, num_parameters, subjects)
     store = Store(folder)
@@ -139,7 +143,8 @@ def _write(
     else:
         store.write_json(TRAIN_SUBJECTS, subjects.to_json())
     store.write_json(MANIFEST, manifest)
-    store.write_bytes(model_card.FILE_NAME, card.encode())
+    for name, content in {model_card.FILE_NAME: card.encode(), **(beside or {})}.items():
+        store.write_bytes(name, content)
     config = {
         "model_type": MODEL_TYPE,
         "format_version": FORMAT_VERSION,

@@ -16,6 +16,7 @@ from torch import Tensor
 from brainlm.atlas import Atlas
 from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
+from brainlm.ordering import even_starts
 from brainlm.reading import ReadableModel, Statistics, as_recording, evaluating
 from brainlm.recording import Recording
 from brainlm.windows import Windows, cut_windows
@@ -162,10 +163,12 @@ def side_by_side(
     contract: InputContract | None = None,
     statistics: Statistics = "contract",
     native_tr: bool = False,
+    whole: bool = False,
 ) -> tuple[Recording, list[int], Windows]:
     """Cut a recording into the windows that answers about it as a whole are averaged over.
 
     They lie side by side, the last one padded where the recording ends; those without a kept timepoint are left out.
+    With `whole` none is padded: as many as fit are spread evenly over the recording.
 
     Returns
     -------
@@ -182,8 +185,11 @@ def side_by_side(
     found, own = as_recording(
         recording, model_contract, tr_s=tr_s, atlas=atlas, contract=contract, statistics=statistics
     )
-    W = model_contract.window_len
-    starts = [start for start in range(0, found.num_timepoints, W) if found.keep_mask[start : start + W].any()]
+    T, W = found.num_timepoints, model_contract.window_len
+    if whole and T < W:
+        raise DataError(f"{found.recording_id} has {T} timepoints, a window of the model {W}: it is too short")
+    every = even_starts(T, W, T // W) if whole else range(0, T, W)
+    starts = [start for start in every if found.keep_mask[start : start + W].any()]
     windows = cut_windows(found, model_contract, own_contract=own, starts=starts, native_tr=native_tr)
     if not bool(windows.present.any()):
         raise DataError(f"{found.recording_id}: no parcel that the contract can scale carries signal")

@@ -37,6 +37,12 @@ class HeadConfig(Section):
             raise ConfigError(f"head.dropout: expected at least 0 and below 1, found {self.dropout}")
 
 
+def moments(features_ND: Tensor) -> tuple[float, Tensor, Tensor]:
+    """Return the number of rows, their sum (D,) and the sum of their products (D, D), float64."""
+    features = features_ND.double()
+    return float(len(features)), features.sum(dim=0), features.T @ features
+
+
 class Head(nn.Module):
     """Three layers with ReLU and dropout between them.
 
@@ -73,15 +79,14 @@ class Head(nn.Module):
             if self.query is not None:
                 self.query.zero_()
 
-    def set_whitening(self, features_ND: Tensor) -> None:
-        """Take mean and covariance from features of the training subjects.
+    def set_whitening(self, num: float, sum_D: Tensor, products_DD: Tensor) -> None:
+        """Take mean and covariance of features of the training subjects, from `moments` that may be added up.
 
         The matrix is (C + `SHRINKAGE` trace(C) / D)^-1/2, symmetric: directions of less than that variance are raised
         no further, since they hold rounding and noise.
         """
-        features = features_ND.double().cpu()
-        mean = features.mean(dim=0)
-        cov = (features - mean).T @ (features - mean) / len(features)
+        mean = sum_D.double().cpu() / num
+        cov = products_DD.double().cpu() / num - mean[:, None] * mean
         values, vectors = torch.linalg.eigh(cov)
         average = values.mean().clamp(min=1e-12)  # features that do not vary at all
         self.feature_mean = mean.float()

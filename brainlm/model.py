@@ -141,9 +141,6 @@ class BrainLM(nn.Module):
         What the model must be fed; its coordinates and TR give the positions of the tokens.
     """
 
-    STALE_DECODER = "fine_tuned_encoder"
-    """In the manifest: what the encoder was fine-tuned to predict. Its decoder does not belong to it any more."""
-
     space_features: Tensor
     time_features: Tensor
     usable: Tensor
@@ -570,14 +567,10 @@ class BrainLM(nn.Module):
         Tensor, shape (B, P, W), float32
             NaN wherever a value was visible or its parcel is missing: those outputs are not trained.
         """
-        if (learned := self.manifest.get(self.STALE_DECODER)) is not None:
-            raise ConfigError(
-                f"this encoder was fine-tuned to predict {', '.join(learned)}, and its decoder was not: reconstruct "
-                "and forecast with the checkpoint that fine-tuning began from"
-            )
-        if mask_BL is None:
-            from brainlm.reconstruction import reconstruct_whole
+        from brainlm.reconstruction import check_decoder, reconstruct_whole
 
+        check_decoder(self.manifest)
+        if mask_BL is None:
             grid = self.seen(as_windows(windows, present_BP, kept_BW))[0]
             return reconstruct_whole(self, grid.windows, grid.attendable, num_parts, seed)
         grid, mask_BL = self.seen(windows, mask_BL, present_BP, kept_BW)

@@ -86,6 +86,10 @@ class Predictor(nn.Module):
         self.head = Head(head, width_of(encoder), sum(target.num_outputs for target in targets))
         self.manifest: dict[str, Any] = {}
         self.weights_sha256 = ""
+        self.train_subjects: TrainSubjects | None = getattr(encoder, "train_subjects", None)
+        """Who encoder and head were trained on."""
+        self.knows_pretraining = isinstance(encoder, BrainLM)
+        """False: `train_subjects` has those of the head alone, whoever the encoder was pretrained on."""
 
     @classmethod
     def from_pretrained(cls, path_or_hub_id: str, revision: str | None = None) -> Predictor:
@@ -104,11 +108,6 @@ class Predictor(nn.Module):
     def contract(self) -> InputContract:
         """What it must be fed."""
         return self.encoder.contract
-
-    @property
-    def train_subjects(self) -> TrainSubjects | None:
-        """Who encoder and head were trained on; None where it is not known."""
-        return getattr(self.encoder, "train_subjects", None)
 
     @property
     def num_parameters(self) -> int:
@@ -169,7 +168,7 @@ class Predictor(nn.Module):
         return [np.average(torch.cat(found).numpy(), axis=0, weights=num_kept) for found in rows]
 
     def predict(self, recording: Recording | NDArray[Any], *, batch_size: int = 8, **options: Any) -> Prediction:
-        """Predict from a recording, by windows side by side, nothing hidden.
+        """Predict from a recording, by whole windows spread evenly over it, nothing hidden.
 
         Parameters
         ----------
@@ -183,9 +182,10 @@ class Predictor(nn.Module):
         Raises
         ------
         DataError, ConfigError
-            As `brainlm.embedding.embed_recording`.
+            As `brainlm.embedding.embed_recording`; DataError also if the recording is shorter than a window: the head
+            was trained on none that was.
         """
-        found, _, windows = side_by_side(self.contract, recording, **options)
+        found, _, windows = side_by_side(self.contract, recording, whole=True, **options)
         num_kept = windows.kept.sum(dim=1).numpy()
         answers = self.answers(windows, num_kept, batch_size)
         if not all(np.isfinite(answer).all() for answer in answers):

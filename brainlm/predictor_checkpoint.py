@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,8 +29,10 @@ from brainlm.model_card import FILE_NAME as CARD
 from brainlm.predictor import Predictor
 from brainlm.predictor_card import predictor_card
 from brainlm.published import PublishedModel, is_published
+from brainlm.reconstruction import STALE_DECODER
 from brainlm.store import Store
 from brainlm.targets import Target
+from brainlm.train_subjects import FILE_NAME as TRAIN_SUBJECTS
 from brainlm.train_subjects import TrainSubjects
 
 FORMAT_VERSION = 1
@@ -47,6 +50,8 @@ class _HeadFile(Section):
     targets: tuple[Target, ...]
     head_sha256: str
     encoder_sha256: str
+    knows_pretraining: bool
+    """False: train_subjects.json has those of the head alone."""
 
 
 def save_predictor(
@@ -78,32 +83,31 @@ def save_predictor(
         part, _, rest = name.partition(".")
         parts[part][rest] = tensor.detach().float().cpu().contiguous()
     data = save({**parts["head"], MEAN: predictor.head.feature_mean, WHITENER: predictor.head.whitener})
-    store = Store(folder)
-    store.remove(CONFIG)  # until it is back, the folder counts as unfinished
-    store.remove(HEAD)
-    encoder_sha256 = _save_encoder(folder, predictor.encoder, manifest, train_subjects, parts["encoder"])
-    found = _HeadFile(
-        format_version=FORMAT_VERSION, head=predictor.head.config, targets=predictor.targets,
-        head_sha256=hashlib.sha256(data).hexdigest(), encoder_sha256=encoder_sha256,
-    )  # fmt: skip
-    store.write_bytes(WEIGHTS, data)
-    store.write_bytes(CARD, predictor_card(predictor, manifest).encode())
-    store.write_json(HEAD, dataclasses.asdict(found))  # last: without it there is no predictor
-    return _identity(found)
+    encoder, facts = predictor.encoder, dict(manifest)
+    if manifest.get("encoder_trained"):
+        facts[STALE_DECODER] = [target.column for target in predictor.targets]
+    elif STALE_DECODER in encoder.manifest:  # it was trained before
+        facts[STALE_DECODER] = encoder.manifest[STALE_DECODER]
 
+    def beside(encoder_sha256: str) -> dict[str, bytes]:
+        found = _HeadFile(
+            format_version=FORMAT_VERSION, head=predictor.head.config, targets=predictor.targets,
+            head_sha256=hashlib.sha256(data).hexdigest(), encoder_sha256=encoder_sha256,
+            knows_pretraining=isinstance(encoder, BrainLM),
+        )  # fmt: skip
+        files = {WEIGHTS: data, CARD: predictor_card(predictor, manifest).encode()}
+        if train_subjects is not None:
+            files[TRAIN_SUBJECTS] = json.dumps(train_subjects.to_json()).encode()
+        return {**files, HEAD: json.dumps(dataclasses.asdict(found)).encode()}
 
-def _save_encoder(
-    folder: str,
-    encoder: BrainLM | PublishedModel,
-    manifest: dict[str, Any],
-    train_subjects: TrainSubjects | None,
-    weights: dict[str, torch.Tensor],
-) -> str:
-    columns = [target["column"] for target in manifest.get("targets", [])]
-    if not isinstance(encoder, BrainLM):
-        return encoder.save_pretrained(folder, {**manifest, "fine_tuned": columns}, weights)
-    facts = manifest | ({BrainLM.STALE_DECODER: columns} if manifest.get("encoder_trained") else {})
-    return encoder_checkpoint.save_checkpoint(folder, encoder, facts, [], weights, train_subjects)
+    Store(folder).remove(HEAD)
+    if isinstance(encoder, BrainLM):
+        encoder_sha256 = encoder_checkpoint.save_checkpoint(
+            folder, encoder, facts, [], parts["encoder"], train_subjects, beside
+        )
+    else:
+        encoder_sha256 = encoder.save_pretrained(folder, facts, parts["encoder"], beside)
+    return _identity(encoder_sha256, hashlib.sha256(data).hexdigest())
 
 
 def load_predictor(path_or_hub_id: str, revision: str | None = None) -> Predictor:
@@ -139,18 +143,22 @@ def load_predictor(path_or_hub_id: str, revision: str | None = None) -> Predicto
     except (SafetensorError, RuntimeError, KeyError) as error:
         raise CheckpointError(f"{store.url_of(WEIGHTS)} does not fit its {HEAD}: {error}") from error
     predictor.manifest = store.read_json(MANIFEST)
-    predictor.weights_sha256 = _identity(found)
+    predictor.weights_sha256 = _identity(found.encoder_sha256, found.head_sha256)
+    predictor.knows_pretraining = found.knows_pretraining
+    if store.exists(TRAIN_SUBJECTS):
+        where = store.url_of(TRAIN_SUBJECTS)
+        predictor.train_subjects = TrainSubjects.from_json(store.read_json(TRAIN_SUBJECTS), where)
     return predictor.float().eval()
 
 
 def is_predictor(folder: str) -> bool:
     """Say whether a folder holds a finished predictor."""
-    return Store(folder).exists(HEAD)
+    return Store(folder).exists(HEAD) and Store(folder).exists(CONFIG)
 
 
 def _read_head(store: Store) -> _HeadFile:
     where = store.url_of(HEAD)
-    if not store.exists(HEAD):
+    if not (store.exists(HEAD) and store.exists(CONFIG)):
         hint = "a pretrained model predicts nothing until train/finetune.py has given it a head"
         if not store.exists(CONFIG):
             hint = "give the folder of a fine-tuning run, or its checkpoints/best-step-N"
@@ -167,5 +175,5 @@ def _read_head(store: Store) -> _HeadFile:
         raise CheckpointError(str(error)) from error
 
 
-def _identity(found: _HeadFile) -> str:
-    return hashlib.sha256(f"{found.encoder_sha256} {found.head_sha256}".encode()).hexdigest()
+def _identity(encoder_sha256: str, head_sha256: str) -> str:
+    return hashlib.sha256(f"{encoder_sha256} {head_sha256}".encode()).hexdigest()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
@@ -40,7 +41,7 @@ from brainlm.official_layers import by_num_visible
 from brainlm.official_vitmae import VitMaeBrainLM, VitMaeFineTuned
 from brainlm.published_image import ImageLayout
 from brainlm.reading import evaluating
-from brainlm.reconstruction import reconstruct_whole
+from brainlm.reconstruction import check_decoder, reconstruct_whole
 from brainlm.recording import Recording
 from brainlm.scaling import recording_mean
 from brainlm.store import Store, sha256_of_file
@@ -165,7 +166,13 @@ class PublishedModel(nn.Module):
         contract = InputContract.from_json(tree, store.url_of(input_contract.FILE_NAME))
         return cls(load_official(folder), contract, manifest, sha256).eval()
 
-    def save_pretrained(self, folder: str, facts: dict[str, Any], weights: dict[str, Tensor] | None = None) -> str:
+    def save_pretrained(
+        self,
+        folder: str,
+        facts: dict[str, Any],
+        weights: dict[str, Tensor] | None = None,
+        beside: Callable[[str], dict[str, bytes]] | None = None,
+    ) -> str:
         """Write what `from_pretrained` reads, in float32; return the sha256 of the weights.
 
         Parameters
@@ -174,6 +181,8 @@ class PublishedModel(nn.Module):
             Of what was changed since they were published; for the manifest.
         weights : mapping, optional
             By the names of this module's `state_dict`; None takes its own.
+        beside : callable, optional
+            Gives further files, from the sha256 of the weights; they are written before the folder counts as finished.
         """
         from safetensors.torch import save
 
@@ -188,6 +197,8 @@ class PublishedModel(nn.Module):
         store.write_bytes(WEIGHTS, data)
         store.write_bytes(input_contract.FILE_NAME, self.contract.dumps().encode())
         store.write_json(MANIFEST, {**self.manifest, **facts, "weights_sha256": sha256})
+        for name, content in (beside(sha256) if beside is not None else {}).items():
+            store.write_bytes(name, content)
         model_type = MODEL_TYPE_13M if is_13m else MODEL_TYPE_VIT
         store.write_json(CONFIG, {**self.config.published, "model_type": model_type})
         return sha256
@@ -315,6 +326,7 @@ class PublishedModel(nn.Module):
         ConfigError
             If the model is fine-tuned: it has no decoder.
         """
+        check_decoder(self.manifest)
         if isinstance(self.network, VitMaeFineTuned):
             raise ConfigError("a fine-tuned published model has no decoder: it cannot reconstruct, only predict")
         found = self._checked(windows, present_BP, kept_BW)

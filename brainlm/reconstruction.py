@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,6 +10,18 @@ from torch import Tensor
 from brainlm.errors import ConfigError
 from brainlm.masking import complementary_masks, mask_generator
 from brainlm.windows import Windows
+
+STALE_DECODER = "fine_tuned_encoder"
+"""In the manifest: what the encoder was fine-tuned to predict. The decoder does not belong to it any more."""
+
+
+def check_decoder(manifest: dict[str, Any]) -> None:
+    """Raise `ConfigError` if the encoder was fine-tuned and the decoder was not."""
+    if (learned := manifest.get(STALE_DECODER)) is not None:
+        raise ConfigError(
+            f"this encoder was fine-tuned to predict {', '.join(learned)}, and its decoder was not: reconstruct and "
+            "forecast with the checkpoint that fine-tuning began from"
+        )
 
 
 class Reconstructs(Protocol):

@@ -218,6 +218,9 @@ def newest_checkpoint(folder: str) -> str:
         number = name.removeprefix("step-")
         if name.startswith("step-") and number.isdigit():
             steps.append((int(number), name))
+    if not steps:  # fine-tuning keeps the best ones alone
+        named = ((re.fullmatch(r"best-step-(\d+)", name), name) for name in store.names("checkpoints"))
+        steps = [(int(match[1]), name) for match, name in named if match]
     for _, name in sorted(steps, reverse=True):
         if store.exists(f"checkpoints/{name}/{CONFIG}"):
             return store.url_of(f"checkpoints/{name}")

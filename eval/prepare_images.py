@@ -1,12 +1,13 @@
 """Images go through ``data_prep/prepare.py`` as the checkpoint's contract says, and are read from its data set.
 
-The data set lies in ``<out>.prepared``, so the same command goes on where it was stopped.
+The data set lies in ``<out>.prepared``, the list of images beside it, so the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import re
 import subprocess
 import sys
@@ -68,13 +69,13 @@ def prepare_images(settings: PredictSettings, folder: str) -> tuple[PredictSetti
     if settings.native_tr or settings.scaled_by != "checkpoint":
         raise ConfigError("images are prepared with the checkpoint's TR and scale: leave native_tr and scaled_by out")
     given = (settings.data,) if isinstance(settings.data, str) else settings.data
-    files = expand(given)
-    dataset = f"{settings.out.removesuffix('.parquet')}.prepared"
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        (work / "recordings.tsv").write_text(listing(files))
-        config = work / "config.yaml"
-        config.write_text(yaml.safe_dump(config_tree(settings, str(work / "recordings.tsv"), files, folder, dataset)))
+    files = [name if "://" in name else os.path.abspath(name) for name in expand(given)]
+    stem = settings.out.removesuffix(".parquet")
+    dataset, table = f"{stem}.prepared", f"{stem}.prepared.tsv"  # of one name each time, or it would not go on
+    Store(settings.folder).write_bytes(table.rpartition("/")[2], listing(files).encode())
+    with tempfile.TemporaryDirectory() as work:
+        config = Path(work) / "config.yaml"
+        config.write_text(yaml.safe_dump(config_tree(settings, table, files, folder, dataset)))
         entry = ROOT / "data_prep" / "prepare.py"
         done = subprocess.run([sys.executable, str(entry), "--config", str(config)], capture_output=True, text=True)
     if done.returncode:
@@ -96,7 +97,7 @@ def config_tree(
         "source": {
             "kind": "table",
             "path": table,
-            "root": "/" if files[0].startswith("/") else str(Path.cwd()),
+            "root": "/",
             "columns": {"recording_id": "recording_id", "subject": "subject", "file": "file"},
         },
         "splits": {"val": 0.0, "test": 1.0},

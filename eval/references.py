@@ -82,7 +82,8 @@ def read_fold(folder: str) -> Fold:
         if not store.exists(name):
             raise DataError(f"{folder} is no finished fine-tuning run of targets (no {name})")
     config = yaml.safe_load(store.read_bytes("config.yaml"))
-    dataset = open_dataset(config["data"]["dataset"])
+    given = config["data"]["dataset"]
+    dataset = open_dataset(given if isinstance(given, str) else given[0])
     if dataset.content_hash != store.read_json("scores.json")["data_hash"]:
         raise DataError(f"{folder}: the data set {dataset.store.url} is another one by now")
     return Fold(
@@ -122,50 +123,55 @@ def compare(folds: Sequence[Fold]) -> list[dict[str, Any]]:
 
 
 def fold_answers(fold: Fold, wanted: TargetSettings, fc: dict[str, FloatArray]) -> dict[str, pd.DataFrame]:
-    """Return, by method, test truth and answers of one fold: standardised values, or probabilities of the classes."""
-    truth = values_of(fold.dataset, wanted.column)
-    roles: dict[str, list[str]] = {
-        role: [name for name in fold.split["recording_id"][fold.split["split"] == role] if not pd.isna(truth[name])]
-        for role in SPLITS
-    }
-    target = Target.fit(wanted, [truth[name] for name in roles["train"]])
-    group = dict(zip(fold.split["recording_id"], fold.split["group"], strict=True))
+    """Return, by method, test truth and answers of one fold: original units, or probabilities of the classes."""
+    value_of = values_of(fold.dataset, wanted.column)
+    subject_of = dict(zip(fold.split["recording_id"], fold.split["subject"], strict=True))
+    names = {role: list(fold.split["recording_id"][fold.split["split"] == role]) for role in SPLITS}
+    once = {(subject_of[name], str(value_of[name])): value_of[name] for name in names["train"]}
+    target = Target.fit(wanted, list(once.values()))
+    roles: dict[str, list[str]] = {}
+    truth: dict[str, FloatArray] = {}
+    for role, everybody in names.items():
+        encoded, known = target.encode([value_of[name] for name in everybody])
+        roles[role] = [name for name, is_known in zip(everybody, known, strict=True) if is_known]
+        truth[role] = encoded[known].astype(np.float64)
     test = roles["test"]
-    y = target.encode([truth[name] for name in test])[0].astype(np.float64)
-    base = pd.DataFrame({"truth": y, "group": [group[name] for name in test]}, index=test)
-    base["unit"] = target.scale * target.sd
+    group_of = dict(zip(fold.split["recording_id"], fold.split["group"], strict=True))
+    base = pd.DataFrame({"group": [group_of[name] for name in test]}, index=test)
+    if target.kind == "regression":
+        base["truth"] = [float(value_of[name]) for name in test]
+    else:
+        base["truth"] = [target.classes[int(number)] for number in truth["test"]]
 
     def table(answer: FloatArray) -> pd.DataFrame:
-        columns = pd.DataFrame(answer, index=test, columns=[f"answer{i}" for i in range(answer.shape[1])])
-        return base.join(columns)
+        if target.kind == "regression":
+            return base.assign(answer=[target.original(float(u)) for u in answer[:, 0]])
+        return base.join(pd.DataFrame(answer, index=test, columns=[f"p {label}" for label in target.classes]))
 
-    confounds = confounds_of(fold.dataset)
-    found = {"fine-tuned": table(own_answers(fold, target, test))}
-    for method, x in (("FC", fc), ("confounds", confounds)):
-        found[method] = table(fit_and_predict(target, x, roles, truth))
-    guess = np.zeros((len(test), 1)) if target.kind == "regression" else np.tile(target.shares, (len(test), 1))
-    found["constant"] = table(guess)
-    return found
-
-
-def own_answers(fold: Fold, target: Target, test: Sequence[str]) -> FloatArray:
-    """Return what the fine-tuned model predicted, as the references predict."""
-    rows = fold.predictions.set_index("recording_id").loc[list(test)]
-    if target.kind == "classification":
-        return rows[[f"probability_{target.column}_{label}" for label in target.classes]].to_numpy(dtype=np.float64)
-    answer: FloatArray = (target.transformed(list(rows[f"predicted_{target.column}"])) - target.mean) / target.sd
-    return answer[:, None]
+    rows = fold.predictions.set_index("recording_id").loc[test]
+    if target.kind == "regression":
+        own = base.assign(answer=rows[f"predicted_{target.column}"].astype(float))
+        guess = np.zeros((len(test), 1))
+    else:
+        columns = {f"probability_{target.column}_{label}": f"p {label}" for label in target.classes}
+        own = base.join(rows[list(columns)].rename(columns=columns).astype(float))
+        guess = np.tile(target.shares, (len(test), 1))
+    return {
+        "fine-tuned": own,
+        "FC": table(fit_and_predict(target, fc, roles, truth)),
+        "confounds": table(fit_and_predict(target, confounds_of(fold.dataset), roles, truth)),
+        "constant": table(guess),
+    }
 
 
 def fit_and_predict(
-    target: Target, features: dict[str, FloatArray], roles: dict[str, list[str]], truth: dict[str, Any]
+    target: Target, features: dict[str, FloatArray], roles: dict[str, list[str]], y: dict[str, FloatArray]
 ) -> FloatArray:
-    """Fit on train with each strength, take the best on val, answer for test."""
+    """Fit on train with each strength, take the best on val, answer for test: standardised, or probabilities."""
     from sklearn.linear_model import LogisticRegression, Ridge
     from sklearn.preprocessing import StandardScaler
 
     x = {role: np.stack([features[name] for name in names]) for role, names in roles.items()}
-    y = {role: target.encode([truth[name] for name in names])[0].astype(np.float64) for role, names in roles.items()}
     scaler = StandardScaler().fit(x["train"])
     x = {role: scaler.transform(values) for role, values in x.items()}
     best: tuple[float, FloatArray] | None = None
@@ -187,16 +193,24 @@ def fit_and_predict(
 
 
 def scores(wanted: TargetSettings, method: str, table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Return the records of one method. Errors of a regression are in original units where t is linear in them."""
-    answer = table[[name for name in table.columns if name.startswith("answer")]].to_numpy()
+    """Return the records of one method; errors of a regression in original units.
+
+    Raises
+    ------
+    DataError
+        If folds had other classes to learn from.
+    """
     groups = list(table["group"])
     if wanted.kind == "classification":
-        y: Any = table["truth"].to_numpy().astype(np.int64)
+        columns = sorted(name for name in table.columns if name.startswith("p "))
+        if table[columns].isna().to_numpy().any():
+            raise DataError(f"target {wanted.column}: a class is missing among the training subjects of a fold")
+        classes = [name.removeprefix("p ") for name in columns]
+        y: Any = np.array([classes.index(label) for label in table["truth"]], dtype=np.int64)
+        predicted: Any = table[columns].to_numpy(dtype=np.float64)
         named: dict[str, Any] = {"auc": metrics.macro_auc, "balanced_accuracy": metrics.balanced_accuracy}
-        predicted = answer
     else:
-        unit = table["unit"].to_numpy() if wanted.transform != "log1p_minmax" else 1.0
-        y, predicted = table["truth"].to_numpy() * unit, answer[:, 0] * unit
+        y, predicted = (table[name].to_numpy(dtype=np.float64) for name in ("truth", "answer"))
         named = {"r2": metrics.r2, "pearson_r": metrics.pearson_r, "mae": metrics.mae}
     records = []
     for name, metric in named.items():

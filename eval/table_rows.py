@@ -106,7 +106,9 @@ def was_seen(model: Any, subject: str) -> bool | None:
     if known is None or not subject:
         return None
     bare = subject.removeprefix("sub-")  # data sets name them either way
-    return bool(known.seen({subject, bare, f"sub-{bare}"}))
+    if known.seen({subject, bare, f"sub-{bare}"}):
+        return True
+    return False if getattr(model, "knows_pretraining", True) else None
 
 
 _loaded: dict[tuple[str, str, str, str], Any] = {}  # a worker reads many parts with one model

@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from brainlm.dataset import SPLITS, Dataset
 from brainlm.errors import ConfigError, DataError
+from brainlm.input_contract import InputContract
+from brainlm.ordering import even_starts
 from brainlm.recording import Recording
 from brainlm.shard_index import ShardEntry
 from brainlm.shards import SplitReader
@@ -59,6 +61,24 @@ class Cohort:
             for (split, index, entry), group in zip(rows, self._groups([entry for _, _, entry in rows]), strict=True)
         ]  # fmt: skip
 
+    def why_unreadable(self, member: Member, contract: InputContract) -> str:
+        """Say why a model of this contract cannot be fed a recording, "" if it can."""
+        reader, window_len = self.readers[member.split], contract.window_len  # type: ignore[index]
+        if member.num_timepoints < window_len:
+            return f"{member.num_timepoints} timepoints, a window of the checkpoint has {window_len}"
+        every = even_starts(member.num_timepoints, window_len, member.num_timepoints // window_len)
+        if not any(reader.kept(member.index, start, window_len).any() for start in every):
+            return "no timepoint was kept"
+        own = self.dataset.contract
+        usable = own.usable if contract.atlas.differences(own.atlas) else own.usable & contract.usable
+        if not (reader.present(member.index) & usable).any():
+            return "no parcel that the checkpoint can be fed carries signal"
+        return ""
+
+    def is_of_subjects(self, column: str) -> bool:
+        """Say whether all recordings of a subject have one value."""
+        return column in self._subjects.columns
+
     def values(self, column: str, members: Sequence[Member]) -> list[Any]:
         """Return a column of the subjects, or else of the recordings; None where missing.
 
@@ -67,7 +87,7 @@ class Cohort:
         ConfigError
             If neither table has it.
         """
-        if column in self._subjects.columns:
+        if self.is_of_subjects(column):
             table, keys = self._subjects, [member.subject for member in members]
         elif column in self._recordings.columns:
             table, keys = self._recordings, [member.recording_id for member in members]

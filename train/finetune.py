@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from dataclasses import replace
 from functools import partial
 
 from brainlm.config import load_config, parse_entry_args
 from brainlm.dataset import open_dataset
 from brainlm.errors import BrainLMError
+from brainlm.published import is_published
 from brainlm.world import World, read_world
 from train.combinations import check_combination
 from train.finetune_parts import build_parts
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         with start.together():
             settings = load_settings(args.config, args.overrides, world)
             dataset = open_dataset(settings.data.datasets[0])
-        build = partial(build_parts, settings, dataset, world, start)
+        build = partial(build_parts, settings, dataset, world)
         done = run_training(settings, dataset.content_hash, build, world, start, launcher)
         if done is not None and world.is_rank_zero and settings.targets:
             score_run(settings, dataset, done["checkpoint"])
@@ -64,7 +66,10 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_settings(path: str, overrides: list[str], world: World) -> FinetuneSettings:
     """Read and check the settings, which fit each other and the number of ranks."""
-    settings = resolve_precision(load_config(FinetuneSettings, path, overrides))
+    settings = load_config(FinetuneSettings, path, overrides)
+    if settings.engine.precision == "auto" and settings.init_from is not None and is_published(settings.init_from):
+        settings = replace(settings, engine=replace(settings.engine, precision="fp32"))
+    settings = resolve_precision(settings)
     check_finetune_settings(settings, world.size)
     check_combination(settings.engine)
     return settings

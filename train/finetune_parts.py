@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError
+from brainlm.input_contract import InputContract
 from brainlm.loader import MaskSettings, WindowLoader
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
@@ -32,41 +33,32 @@ from train.predictor_parts import (
     fit_targets,
     load_encoder,
     set_trained,
-    set_whitening_text,
     target_values,
     whiten,
-    whitening_text,
 )
 from train.run_files import describe
 from train.run_training import Parts
 from train.settings import ValidationSettings, micro_batches, num_steps
-from train.start_up import StartUp
 from train.subject_split import SubjectSplit, split_subjects, write_split
 from train.target_batches import HeldOutTargets, TargetLoader, encode_all
 
 logger = logging.getLogger(__name__)
 
 
-def build_parts(settings: FinetuneSettings, dataset: Dataset, world: World, start: StartUp) -> Parts:
-    """Build what is trained, what feeds it and what scores it. All ranks take part."""
-    if settings.targets:
-        return predictor_parts(settings, dataset, world, start)
-    return forecaster_parts(settings, dataset, world)
+def build_parts(settings: FinetuneSettings, dataset: Dataset, world: World) -> Parts:
+    """Build what is trained, what feeds it and what scores it."""
+    return (predictor_parts if settings.targets else forecaster_parts)(settings, dataset, world)
 
 
-def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World, start: StartUp) -> Parts:
-    """Build a predictor with its batches and validation. All ranks take part."""
-    encoder, pretrained_on, origin = load_encoder(settings, dataset)
-    cohort = Cohort(dataset)
-    split = choose_subjects(settings, world, cohort, pretrained_on, encoder.contract.window_len)
+def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World) -> Parts:
+    """Build a predictor with its batches and validation."""
+    origin = load_encoder(settings, dataset)
+    encoder, cohort = origin.encoder, Cohort(dataset)
+    split = choose_subjects(settings, cohort, origin.pretrained_on, encoder.contract)
     readers = {role: ChosenRecordings(cohort, split.roles[role]) for role in ("train", "val")}
     predictor = Predictor(encoder, settings.head, fit_targets(settings, cohort, split))
     predictor.head.init_weights(torch.Generator().manual_seed(settings.run.seed))
     encoder_trained = set_trained(encoder, settings.encoder, decoder=False)
-    if world.is_rank_zero:
-        whiten(predictor, readers["train"])
-    set_whitening_text(predictor, start.from_rank_zero(whitening_text(predictor)))
-
     seed = settings.run.seed if settings.permute_targets else None
     train_columns = target_values(predictor.targets, cohort, split.roles["train"], seed)
     wanted, known = encode_all(predictor.targets, train_columns)
@@ -85,7 +77,7 @@ def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World, 
         "windows on %d rank(s)", f"{trained:,}", f"{predictor.num_parameters:,}", len(loader.reader), len(held_out),
         steps, settings.data.batch_size, world.size,
     )  # fmt: skip
-    manifest = facts_of(settings, dataset, world, predictor, steps) | origin
+    manifest = facts_of(settings, dataset, world, predictor, steps) | origin.facts
     manifest |= {
         "targets": [asdict(target) for target in predictor.targets],
         "encoder_trained": encoder_trained,
@@ -93,9 +85,7 @@ def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World, 
         "pretraining_subjects": split.num_pretraining_subjects,
         "num_subjects": {role: split.num_subjects(role) for role in split.roles},
     }
-    subjects = None
-    if pretrained_on is not None:
-        subjects = pretrained_on.with_more(member.subject for member in split.roles["train"])
+    subjects = origin.remembered.with_more(member.subject for member in split.roles["train"])
 
     def save(url: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> str:
         return save_predictor(url, predictor, manifest | facts, subjects, weights)
@@ -105,8 +95,11 @@ def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World, 
         tokens = encoder.num_rows * encoder.config.num_patches
     else:
         flops, tokens = None, encoder.num_tokens
-    objective = Objective(predictor, mix, held_out.score, flops, tokens)
-    return Parts(objective, steps, manifest, save, keeps_last=False)
+    return Parts(
+        Objective(predictor, mix, held_out.score, flops, tokens), steps, manifest, save, keeps_last=False,
+        begin=lambda: write_split(home(settings), cohort, split),
+        prepare=lambda engine: whiten(readers["train"], engine),
+    )  # fmt: skip
 
 
 def forecaster_parts(settings: FinetuneSettings, dataset: Dataset, world: World) -> Parts:
@@ -121,11 +114,11 @@ def forecaster_parts(settings: FinetuneSettings, dataset: Dataset, world: World)
     if is_published(name):
         raise ConfigError("forecast_patches: published models are not fine-tuned to forecast; take one of our own")
     first = adopt(load_for_rebuilding(name), name, dataset)
-    model, known = first.model, first.earlier
+    model, remembered = first.model, first.earlier
     if settings.encoder.untrained:
-        model, known = BrainLM.untrained_like(model, settings.run.seed), TrainSubjects.of("", [])
+        model, remembered = BrainLM.untrained_like(model, settings.run.seed), TrainSubjects.of("", [])
     cohort = Cohort(dataset)
-    split = choose_subjects(settings, world, cohort, known, model.config.window_len)
+    split = choose_subjects(settings, cohort, first.earlier, model.contract)
     masks = settings.masks(model.config.num_patches)
     encoder_trained = set_trained(model, settings.encoder, decoder=True)
     options = loading(settings, world, model)
@@ -147,23 +140,30 @@ def forecaster_parts(settings: FinetuneSettings, dataset: Dataset, world: World)
     subjects = [member.subject for member in split.roles["train"]]
 
     def save(url: str, weights: dict[str, Tensor], facts: dict[str, Any]) -> str:
-        return save_checkpoint(url, model, manifest | facts, subjects, weights, known)
+        return save_checkpoint(url, model, manifest | facts, subjects, weights, remembered)
 
-    return Parts(rebuild_hidden(model, mix, masks, {dataset.name: held_out}), steps, manifest, save, keeps_last=False)
+    objective = rebuild_hidden(model, mix, masks, {dataset.name: held_out})
+    return Parts(
+        objective, steps, manifest, save, keeps_last=False,
+        begin=lambda: write_split(home(settings), cohort, split),
+    )  # fmt: skip
+
+
+def home(settings: FinetuneSettings) -> Store:
+    """Return the folder that the run is known by."""
+    return Store(settings.run.storage or settings.run.out)
 
 
 def choose_subjects(
-    settings: FinetuneSettings, world: World, cohort: Cohort, pretrained_on: TrainSubjects | None, window_len: int
+    settings: FinetuneSettings, cohort: Cohort, pretrained_on: TrainSubjects | None, contract: InputContract
 ) -> SubjectSplit:
-    """Split the cohort, say how, and write it down."""
-    split = split_subjects(cohort, settings.split, pretrained_on, window_len)
+    """Split the cohort, and say how."""
+    split = split_subjects(cohort, settings.split, pretrained_on, contract)
     counts = ", ".join(f"{split.num_subjects(role)} {role}" for role in split.roles)
     logger.info("subjects: %s; %d recordings left out", counts, len(split.left_out))
     reasons = list(split.left_out.values())
     for reason in sorted(set(reasons)):
         logger.info("left out: %d recordings: %s", reasons.count(reason), reason)
-    if world.is_rank_zero:
-        write_split(Store(settings.run.storage or settings.run.out), cohort, split)
     return split
 
 

@@ -17,9 +17,9 @@ from train.subject_split import split_subjects
 def plan(settings: FinetuneSettings) -> str:
     """Return the resolved settings and what they amount to, as text."""
     dataset = open_dataset(settings.data.datasets[0])
-    encoder, pretrained_on, _ = load_encoder(settings, dataset)
-    cohort = Cohort(dataset)
-    split = split_subjects(cohort, settings.split, pretrained_on, encoder.contract.window_len)
+    origin = load_encoder(settings, dataset)
+    encoder, cohort = origin.encoder, Cohort(dataset)
+    split = split_subjects(cohort, settings.split, origin.pretrained_on, encoder.contract)
     lines = [to_yaml(settings).rstrip(), ""]
     if settings.targets:
         targets = fit_targets(settings, cohort, split)
@@ -32,6 +32,7 @@ def plan(settings: FinetuneSettings) -> str:
                 f"target                {target.column} ({target.kind}, {what}), {target.num_subjects} subjects"
             )
     else:
+        settings.masks(encoder.contract.window_len // encoder.contract.patch_len)
         set_trained(encoder, settings.encoder, decoder=True)
         module = encoder
         lines.append(f"target                the last {settings.forecast_patches} patches of each window")

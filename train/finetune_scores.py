@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 
 from brainlm import metrics
@@ -106,9 +107,11 @@ def score_run(settings: FinetuneSettings, dataset: Dataset, checkpoint: str) -> 
     if store.exists(SCORES):
         return
     predictor = Predictor.from_pretrained(checkpoint)
-    _, pretrained_on, _ = load_encoder(settings, dataset)
+    if torch.cuda.is_available():
+        predictor.to("cuda")
     cohort = Cohort(dataset)
-    split = split_subjects(cohort, settings.split, pretrained_on, predictor.contract.window_len)
+    pretrained_on = load_encoder(settings, dataset).pretrained_on
+    split = split_subjects(cohort, settings.split, pretrained_on, predictor.contract)
     names = ("init_from", "untrained", "permuted", "encoder_trained", "git_commit", "dataset", "data_hash", "step")
     facts = {name: predictor.manifest.get(name) for name in names}
     write_scores(store, predictor, cohort, split, {"checkpoint": checkpoint, **facts})
@@ -128,17 +131,20 @@ def write_scores(
         notes.append("whom the checkpoint was pretrained on is not known: scores may be too high for new subjects")
     elif split.num_pretraining_subjects:
         notes.append(
-            f"the checkpoint was pretrained on {split.num_pretraining_subjects} of these subjects: scores are too high "
-            "for new ones"
+            f"the checkpoint was pretrained on {split.num_pretraining_subjects} of these subjects, or their families: "
+            "scores are too high for new ones"
         )
+    for line in (facts.get("init_from") or {}).get("differs", []):
+        notes.append(f"the data set differs from what the checkpoint was trained on: {line}")
     if facts.get("permuted"):
         notes.append("a control: the targets of the training subjects were permuted")
     if facts.get("untrained"):
         notes.append("a control: the encoder's weights were random, not those of the checkpoint")
     counts = {role: split.num_subjects(role) for role in split.roles}
     tree = {
-        **facts, "num_subjects": counts, "pretraining_subjects": split.num_pretraining_subjects, "notes": notes,
-        "metrics": EXPLAINED, "scores": records,
+        **facts, "num_subjects": counts, "statistics_from": predictor.contract.statistics_from,
+        "pretraining_subjects": split.num_pretraining_subjects, "notes": notes, "metrics": EXPLAINED,
+        "scores": records,
     }  # fmt: skip
     store.write_json(SCORES, tree)
     for note in notes:

@@ -9,6 +9,7 @@ from brainlm.config import Section
 from brainlm.errors import ConfigError
 from brainlm.heads import HeadConfig
 from brainlm.loader import MaskSettings
+from brainlm.published import is_published
 from brainlm.targets import TargetSettings
 from train.settings import OptimizerSettings, TrainSettings, ValidationEvery, micro_batches
 
@@ -70,6 +71,11 @@ class FinetuneValidation(ValidationEvery):
     max_recordings: int | None = 512
     """Recordings of validation subjects that are scored, all windows of each; null = all."""
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_recordings is not None and self.max_recordings < 1:
+            raise ConfigError(f"validation.max_recordings: expected at least 1, found {self.max_recordings}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneSettings(TrainSettings):
@@ -124,5 +130,7 @@ def check_finetune_settings(settings: FinetuneSettings, world_size: int) -> None
         raise ConfigError(f"data.dataset: fine-tuning takes one data set, found {len(settings.data.datasets)}")
     if not settings.run.keep_best:
         raise ConfigError("run.keep_best=false: the best weights are what fine-tuning exports")
+    if settings.engine.precision == "bf16" and is_published(settings.init_from):
+        raise ConfigError("engine.precision=bf16: published checkpoints are fine-tuned in fp32")
     if settings.targets and settings.engine.zero_stage == 3:
         raise ConfigError("engine.zero_stage=3 is tested for forecast_patches alone: for targets take 0, 1 or 2")

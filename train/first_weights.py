@@ -11,6 +11,7 @@ import torch
 from brainlm.dataset import Dataset
 from brainlm.errors import CheckpointError, ConfigError
 from brainlm.model import BrainLM
+from brainlm.reconstruction import STALE_DECODER
 from brainlm.train_subjects import TrainSubjects
 from brainlm.windows import TR_TOLERANCE_S
 from train.settings import ModelChoice, PretrainSettings
@@ -78,7 +79,9 @@ def adopt(source: BrainLM, name: str, dataset: Dataset) -> FirstWeights:
         logger.warning("the data set differs from what %s was trained on: %s", name, line)
     model = BrainLM(config, contract)
     model.load_state_dict(source.state_dict())
-    facts = {"init_from": {"checkpoint": name, "weights_sha256": source.weights_sha256}}
+    if STALE_DECODER in source.manifest:
+        model.manifest = {STALE_DECODER: source.manifest[STALE_DECODER]}
+    facts = {"init_from": {"checkpoint": name, "weights_sha256": source.weights_sha256, "differs": differs}}
     return FirstWeights(model, facts, source.train_subjects)
 
 
@@ -99,9 +102,9 @@ def load_for_rebuilding(name: str) -> BrainLM:
         If its encoder was fine-tuned since and its decoder was not.
     """
     source = BrainLM.from_pretrained(name)
-    if BrainLM.STALE_DECODER in source.manifest:
+    if STALE_DECODER in source.manifest:
         raise CheckpointError(
-            f"{name}: its encoder was fine-tuned to predict {', '.join(source.manifest[BrainLM.STALE_DECODER])}, its "
-            "decoder was not: begin from the checkpoint that fine-tuning began from"
+            f"{name}: its encoder was fine-tuned to predict {', '.join(source.manifest[STALE_DECODER])}, its decoder "
+            "was not: begin from the checkpoint that fine-tuning began from"
         )
     return source

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import base64
+import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from brainlm.dataset import Dataset
 from brainlm.embedding import side_by_side
-from brainlm.errors import ConfigError, DataError
+from brainlm.errors import CheckpointError, ConfigError, DataError
+from brainlm.heads import moments
 from brainlm.layers import Block
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
@@ -20,40 +22,66 @@ from brainlm.published import PublishedModel, is_published
 from brainlm.reading import evaluating
 from brainlm.targets import Target
 from brainlm.train_subjects import TrainSubjects
+from brainlm.windows import TR_TOLERANCE_S
 from train.cohort import ChosenRecordings, Cohort, Member
+from train.engine import Engine
 from train.finetune_settings import EncoderSettings, FinetuneSettings
 from train.first_weights import adopt
 from train.subject_split import SubjectSplit
 
 MAX_WHITENED = 512  # recordings whose windows give mean and covariance of what the head reads
 _PERMUTED = 0x9E
+logger = logging.getLogger(__name__)
 
 Encoder = BrainLM | PublishedModel
 
 
-def load_encoder(settings: FinetuneSettings, dataset: Dataset) -> tuple[Encoder, TrainSubjects | None, dict[str, Any]]:
-    """Return the encoder with the contract that the data set is read by, whom it was pretrained on, and its origin.
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """An encoder as fine-tuning begins with it.
+
+    ``pretrained_on``: whom the checkpoint was pretrained on, which decides who may be tested, also where a control has
+    random weights in place of its own; None = it does not say. ``remembered``: to whose list those are added that the
+    head is trained on. ``facts``: for the manifest.
+    """
+
+    encoder: Encoder
+    pretrained_on: TrainSubjects | None
+    remembered: TrainSubjects
+    facts: dict[str, Any]
+
+
+def load_encoder(settings: FinetuneSettings, dataset: Dataset) -> Origin:
+    """Load the encoder, with the contract that the data set is read by.
 
     A checkpoint of ours takes over the contract of the data set; a published one keeps its own.
 
     Raises
     ------
-    CheckpointError, DataError
-        If its parcels or TR are not those of the data set.
+    CheckpointError
+        If its parcels are not those of the data set and it cannot read others, or a published one has another TR.
     """
-    name = settings.checkpoint
+    name, nobody, seed = settings.checkpoint, TrainSubjects.of("", []), settings.run.seed
     if is_published(name):
         encoder = PublishedModel.from_pretrained(name)
         encoder.contract.check_fits(dataset.contract, ours=name, theirs=f"data set {dataset.name}")
-        facts: dict[str, Any] = {"init_from": {"checkpoint": name, "weights_sha256": encoder.weights_sha256}}
-        known = None
+        differs = encoder.contract.adaptable_differences(dataset.contract)
+        if abs(encoder.contract.tr_s - dataset.contract.tr_s) > TR_TOLERANCE_S:
+            raise CheckpointError(
+                f"{name} is fed a TR of {encoder.contract.tr_s:g} s, data set {dataset.name} has "
+                f"{dataset.contract.tr_s:g} s: prepare it with contract={name}, or convert the published model for it"
+            )
+        for line in differs:
+            logger.warning("the data set differs from what %s is fed: %s", name, line)
+        origin = {"checkpoint": name, "weights_sha256": encoder.weights_sha256, "differs": differs}
         if settings.encoder.untrained:
-            return PublishedModel.untrained_like(encoder, settings.run.seed), TrainSubjects(""), facts
-        return encoder, known, facts
+            encoder = PublishedModel.untrained_like(encoder, seed)
+        return Origin(encoder, None, nobody, {"init_from": origin})
     first = adopt(BrainLM.from_pretrained(name), name, dataset)
+    assert first.earlier is not None
     if settings.encoder.untrained:
-        return BrainLM.untrained_like(first.model, settings.run.seed), TrainSubjects.of("", []), first.facts
-    return first.model, first.earlier, first.facts
+        return Origin(BrainLM.untrained_like(first.model, seed), first.earlier, nobody, first.facts)
+    return Origin(first.model, first.earlier, first.earlier, first.facts)
 
 
 def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit) -> tuple[Target, ...]:
@@ -80,38 +108,39 @@ def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit)
 def target_values(
     targets: Sequence[Target], cohort: Cohort, members: Sequence[Member], permute_seed: int | None = None
 ) -> list[list[Any]]:
-    """Return the values of each target, one per member. With a seed they are permuted among the subjects."""
+    """Return the values of each target, one per member.
+
+    With a seed they are permuted: among the subjects, or among the recordings where each has its own.
+    """
     columns = [cohort.values(target.column, members) for target in targets]
     if permute_seed is None:
         return columns
+    rng = np.random.default_rng([_PERMUTED, permute_seed])
     subjects = sorted({member.subject for member in members})
-    order = np.random.default_rng([_PERMUTED, permute_seed]).permutation(len(subjects))
-    given_to = {subjects[i]: subjects[j] for i, j in enumerate(order.tolist())}
+    given_to = dict(zip(subjects, rng.permutation(subjects).tolist(), strict=True))
     first = {member.subject: i for i, member in reversed(list(enumerate(members)))}
-    return [[column[first[given_to[member.subject]]] for member in members] for column in columns]
+    rows = rng.permutation(len(members)).tolist()
+    by_subject = [first[given_to[member.subject]] for member in members]
+    return [
+        [column[i] for i in (by_subject if cohort.is_of_subjects(target.column) else rows)]
+        for target, column in zip(targets, columns, strict=True)
+    ]
 
 
-def whiten(predictor: Predictor, reader: ChosenRecordings) -> None:
-    """Set how the head whitens what it reads, from the windows of training recordings."""
-    step = -(-len(reader) // MAX_WHITENED)
-    features: list[Tensor] = []
-    with evaluating(predictor) as device:
-        for index in range(0, len(reader), step):
-            _, _, windows = side_by_side(predictor.contract, reader.as_recording(index), native_tr=True)
-            features.append(predictor.features(windows.to(device)).float().cpu())
-    predictor.head.set_whitening(torch.cat(features))
-
-
-def whitening_text(predictor: Predictor) -> list[str]:
-    """Return mean and matrix as text, exactly: what ranks can tell each other."""
-    parts = (predictor.head.feature_mean, predictor.head.whitener)
-    return [base64.b64encode(part.numpy().tobytes()).decode() for part in parts]
-
-
-def set_whitening_text(predictor: Predictor, text: Sequence[str]) -> None:
-    """Put back what `whitening_text` gave."""
-    mean, whitener = (torch.from_numpy(np.frombuffer(base64.b64decode(part), np.float32).copy()) for part in text)
-    predictor.head.feature_mean, predictor.head.whitener = mean, whitener.view(len(mean), len(mean))
+def whiten(reader: ChosenRecordings, engine: Engine) -> None:
+    """Set how the head whitens what it reads, from the windows of training recordings. All ranks take part."""
+    predictor = engine.module
+    assert isinstance(predictor, Predictor)
+    chosen = range(0, len(reader), -(-len(reader) // MAX_WHITENED))
+    width = predictor.head.layer1.in_features
+    total = torch.zeros(1 + width + width**2, dtype=torch.float64, device=engine.device)
+    with evaluating(predictor):
+        for index in chosen[engine.world.rank :: engine.world.size]:
+            _, _, windows = side_by_side(predictor.contract, reader.as_recording(index), native_tr=True, whole=True)
+            num, sums, products = moments(predictor.features(windows.to(engine.device)))
+            total += torch.cat([sums.new_tensor([num]), sums, products.flatten()])
+    engine.all_reduce(total)
+    predictor.head.set_whitening(float(total[0]), total[1 : 1 + width], total[1 + width :].view(width, width))
 
 
 def set_trained(encoder: Encoder, settings: EncoderSettings, *, decoder: bool) -> bool:

@@ -22,7 +22,7 @@ from train.engine import deepspeed_dict
 from train.settings import TrainSettings
 
 CONFIG, MANIFEST, DONE = "config.yaml", "manifest.json", "done.json"
-# Settings that a run may go on with changed: they touch the weights by rounding at most.
+# Settings that a run may go on with changed: they touch the weights by rounding at most, and what dropout leaves out.
 MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",

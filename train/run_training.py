@@ -42,7 +42,9 @@ logger = logging.getLogger(__name__)
 class Parts:
     """What each rank builds by itself before training.
 
-    ``save`` writes a checkpoint (rank zero); ``keeps_last``: one of the last step, besides the best one.
+    ``save`` writes a checkpoint (rank zero); ``keeps_last``: one of the last step, besides the best one. ``begin``
+    writes what the folder is to hold besides, once it is known to belong to this run (rank zero); ``prepare`` does what
+    needs the engine, before it takes up a snapshot (all ranks).
     """
 
     objective: Objective
@@ -50,6 +52,8 @@ class Parts:
     manifest: dict[str, Any]
     save: Save
     keeps_last: bool = True
+    begin: Callable[[], None] = lambda: None
+    prepare: Callable[[Engine], None] = lambda engine: None
 
 
 def run_training(
@@ -94,9 +98,12 @@ def run_training(
         if world.is_rank_zero:
             lock = lock_folder(folder)  # held until this process ends
             write_run_files(settings, parts.manifest)
+            parts.begin()
     objective, steps = parts.objective, parts.num_steps
     engine = Engine(settings, objective.module, world)
     engine.barrier()
+    with engine.naming_the_lost():
+        parts.prepare(engine)
 
     store = Store(settings.run.storage or settings.run.out)
     checkpoints = Checkpoints(store.sub("checkpoints"), parts.save)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from brainlm.errors import ConfigError
+from brainlm.input_contract import InputContract
 from brainlm.store import Store
 from brainlm.train_subjects import TrainSubjects
 from train.cohort import Cohort, Member
@@ -21,8 +22,8 @@ SPLIT = "split.parquet"
 class SubjectSplit:
     """Recordings by role, and what was left out.
 
-    ``num_pretraining_subjects``: those that the checkpoint was pretrained on, among all roles; None where it does not
-    say whom it was trained on.
+    ``num_pretraining_subjects``: those that the checkpoint was pretrained on, or their families, among all roles; None
+    where it does not say whom it was trained on.
     """
 
     roles: dict[str, list[Member]]
@@ -35,7 +36,7 @@ class SubjectSplit:
 
 
 def split_subjects(
-    cohort: Cohort, settings: SplitSettings, pretrained_on: TrainSubjects | None, window_len: int
+    cohort: Cohort, settings: SplitSettings, pretrained_on: TrainSubjects | None, contract: InputContract
 ) -> SubjectSplit:
     """Divide the recordings of a cohort.
 
@@ -43,25 +44,24 @@ def split_subjects(
     ----------
     pretrained_on : TrainSubjects or None
         Of the checkpoint; None = it does not say.
-    window_len : int
-        Shorter recordings are left out.
+    contract : InputContract
+        Of the checkpoint: recordings that it cannot be fed are left out.
 
     Raises
     ------
     ConfigError
-        If the checkpoint was pretrained on subjects of a given split, or may have been, and the settings do not allow
-        it; if a given split divides subjects or families; if a role stays empty.
+        If the checkpoint was pretrained on subjects of a given split or on their families, or may have been, and the
+        settings do not allow it; if a given split divides subjects or families; if a role stays empty.
     """
     left_out: dict[str, str] = {}
     members = []
     for member in cohort.members:
-        if member.num_timepoints < window_len:
-            left_out[member.recording_id] = (
-                f"{member.num_timepoints} timepoints, a window of the checkpoint has {window_len}"
-            )
+        if reason := cohort.why_unreadable(member, contract):
+            left_out[member.recording_id] = reason
         else:
             members.append(member)
-    seen = _seen(members, pretrained_on)
+    seen = _seen(cohort.members, pretrained_on)
+    groups_seen = {member.group for member in cohort.members if member.subject in seen}
     if pretrained_on is None and not settings.allow_pretraining_subjects:
         raise ConfigError(
             "the checkpoint does not say whom it was pretrained on: its scores on these subjects may be too high. Set "
@@ -72,7 +72,6 @@ def split_subjects(
     elif settings.of == "dataset":
         role_of = {member.recording_id: member.split for member in members}
     else:
-        groups_seen = {member.group for member in members if member.subject in seen}
         if not settings.allow_pretraining_subjects:
             for member in members:
                 if member.group in groups_seen:
@@ -80,13 +79,13 @@ def split_subjects(
         role_of = _new([m for m in members if m.recording_id not in left_out], settings)
     members = [member for member in members if member.recording_id in role_of]
     roles = {role: [m for m in members if role_of[m.recording_id] == role] for role in ROLES}
-    found = seen & {member.subject for member in members}
+    found = {member.subject for member in members if member.group in groups_seen}
     if found and not settings.allow_pretraining_subjects:
         where = f"split.column={settings.column}" if settings.column else f"split.of={settings.of}"
         raise ConfigError(
             f"{where}: the checkpoint was pretrained on {len(found)} of the {len({m.subject for m in members})} "
-            "subjects, by their ids: its scores would be too high for new ones. Take split.of=unseen, or set "
-            "split.allow_pretraining_subjects=true; every result then shows it"
+            "subjects, by their ids, or on their families: its scores would be too high for new ones. Take "
+            "split.of=unseen, or set split.allow_pretraining_subjects=true; every result then shows it"
         )
     _check_undivided(members, role_of)
     empty = [role for role in ROLES if not roles[role]]

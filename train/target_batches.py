@@ -88,7 +88,7 @@ class TargetLoader(WindowLoader):
 
 
 class HeldOutTargets:
-    """Validation recordings, predicted as `Predictor.predict` does: means over windows side by side.
+    """Validation recordings, predicted as `Predictor.predict` does: means over whole windows.
 
     Parameters
     ----------
@@ -125,7 +125,9 @@ class HeldOutTargets:
         num = len(predictor.targets)
         sums = np.zeros((3, num))  # loss, loss of the constant answer, count
         for number in self._chosen[engine.world.rank :: engine.world.size]:
-            _, _, windows = side_by_side(predictor.contract, self._reader.as_recording(number), native_tr=True)
+            _, _, windows = side_by_side(
+                predictor.contract, self._reader.as_recording(number), native_tr=True, whole=True
+            )
             answers = predictor.answers(windows, windows.kept.sum(dim=1).numpy())
             for t, (target, answer) in enumerate(zip(predictor.targets, answers, strict=True)):
                 if self._known[number, t]:

@@ -12,13 +12,18 @@ import torch
 
 from brainlm import Predictor, Recording
 from brainlm.dataset import Dataset
-from brainlm.errors import CheckpointError, ConfigError, DataError
-from brainlm.heads import Head, HeadConfig
+from brainlm.errors import CheckpointError, ConfigError, DataError, StoreError
+from brainlm.heads import Head, HeadConfig, moments
 from brainlm.model import BrainLM
 from brainlm.official_contract import Gain, published_contract
 from brainlm.published import PublishedModel
+from brainlm.reconstruction import STALE_DECODER
+from brainlm.store import Store
 from brainlm.targets import Target, TargetSettings
 from brainlm.testing import small_model, write_synthetic_dataset
+from brainlm.train_subjects import TrainSubjects
+from brainlm.windows import cut_windows
+from eval.table_rows import was_seen
 from tests.brainlm.published_models import nystrom
 
 AGE = Target.fit(TargetSettings(column="age"), [20.0, 40.0, 70.0])
@@ -36,7 +41,7 @@ def predictor_on(encoder: Any, **head: Any) -> Predictor:
     predictor.head.init_weights(generator)
     with torch.no_grad():  # far from the first answers
         predictor.head.out.weight.normal_(generator=generator)
-    predictor.head.set_whitening(torch.randn(20, predictor.head.layer1.in_features, generator=generator))
+    predictor.head.set_whitening(*moments(torch.randn(20, predictor.head.layer1.in_features, generator=generator)))
     return predictor.eval()
 
 
@@ -61,16 +66,19 @@ def test_the_first_answers_are_the_best_constant(dataset: Dataset) -> None:
 def test_a_prediction_is_the_mean_over_windows_weighted_by_kept_timepoints(
     predictor: Predictor, dataset: Dataset
 ) -> None:
-    recording = dataset.split("test").as_recording(0)  # 90 timepoints: windows of 40, 40 and 10
-    embedding = predictor.encoder.embed(recording)
-    outputs = predictor.head(torch.from_numpy(embedding.pooled)).detach().double()
-    weights = torch.tensor([40.0, 40.0, 10.0], dtype=torch.float64) / 90
+    bold = dataset.split("test").recording(0)  # 90 timepoints: windows of 40 from 2 and from 47
+    keep_mask = np.ones(90, dtype=bool)
+    keep_mask[50:70] = False
+    recording = Recording(recording_id="x", subject="", bold=bold, tr_s=2.0, keep_mask=keep_mask)
+    windows = cut_windows(recording, predictor.contract, starts=[2, 47])
+    outputs = predictor.outputs(windows).detach().double()
+    weights = torch.tensor([40.0, 20.0], dtype=torch.float64) / 60
     found = predictor.predict(recording)
     age = float((outputs[:, 0] * weights).sum())
     assert found.values["age"] == pytest.approx(age * AGE.scale * AGE.sd + AGE.offset, rel=1e-5)
     p = (torch.softmax(outputs[:, 1:] + torch.tensor(SEX.shares).log(), dim=1) * weights[:, None]).sum(dim=0)
     assert list(found.probabilities["sex"].values()) == pytest.approx(p.tolist(), rel=1e-5)
-    assert (found.num_windows, found.num_kept, found.num_parcels) == (3, 90, 12)
+    assert (found.num_windows, found.num_kept, found.num_parcels) == (2, 60, 12)
     assert found.columns()["predicted_sex"] == max(
         found.probabilities["sex"], key=found.probabilities["sex"].__getitem__
     )
@@ -88,8 +96,6 @@ def test_poolings_read_what_they_say(pooling: str, dataset: Dataset) -> None:
     predictor = predictor_on(small_model(dataset.contract), pooling=pooling)
     recording = dataset.split("test").as_recording(0)
     embedding = predictor.encoder.embed(recording)
-    from brainlm.windows import cut_windows
-
     features = predictor.features(cut_windows(recording, predictor.contract)).detach()
     expected = embedding.cls if pooling == "cls" else embedding.pooled
     np.testing.assert_allclose(features.numpy(), expected, atol=1e-5)  # a query of 0 weighs all tokens alike
@@ -113,8 +119,6 @@ def test_attentive_pooling_ignores_padding(dataset: Dataset) -> None:
 
 
 def test_missing_targets_add_nothing_to_loss_or_gradient(predictor: Predictor, dataset: Dataset) -> None:
-    from brainlm.windows import cut_windows
-
     windows = cut_windows(dataset.split("test").as_recording(0), predictor.contract, starts=[0, 40])
     wanted = torch.tensor([[0.5, 1.0], [2.0, 0.0]])
     known = torch.tensor([[True, True], [False, False]])
@@ -188,6 +192,70 @@ def test_recordings_that_cannot_be_read_are_refused(predictor: Predictor, rng: n
     )
     with pytest.raises(DataError, match="y: the prediction is not finite"):
         predictor.predict(loud)
+
+
+def test_short_recordings_are_refused(predictor: Predictor, rng: np.random.Generator) -> None:
+    with pytest.raises(DataError, match="has 39 timepoints, a window of the model 40: it is too short"):
+        predictor.predict(rng.standard_normal((39, 12)).astype(np.float32), tr_s=2.0)
+
+
+def test_whitening_is_that_of_the_covariance(rng: np.random.Generator) -> None:
+    x = torch.from_numpy(rng.standard_normal((500, 8)) @ np.diag(np.logspace(0, -3, 8)) + 5)
+    head = Head(HeadConfig(), 8, 1)
+    parts = [moments(x[:200]), moments(x[200:])]  # of two ranks
+    head.set_whitening(*(a + b for a, b in zip(*parts, strict=True)))
+    cov = np.cov(x.numpy().T, bias=True)
+    values, vectors = np.linalg.eigh(cov + 0.1 * np.trace(cov) / 8 * np.eye(8))
+    np.testing.assert_allclose(head.whitener.numpy(), vectors @ np.diag(values**-0.5) @ vectors.T, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(head.feature_mean.numpy(), x.mean(dim=0).numpy(), rtol=1e-6)
+
+
+def test_a_decoder_that_was_left_behind_stays_so(dataset: Dataset, tmp_path: Path) -> None:
+    encoder = small_model(dataset.contract)
+    encoder.manifest = {STALE_DECODER: ["age"]}
+    predictor = predictor_on(encoder)
+    predictor.manifest = {"encoder_trained": False}
+    predictor.save_pretrained(str(tmp_path / "saved"))
+    recording = dataset.split("test").as_recording(0)
+    with pytest.raises(ConfigError, match="fine-tuned to predict age"):
+        BrainLM.from_pretrained(str(tmp_path / "saved")).forecast(recording, 20.0)
+
+
+def test_a_head_alone_is_remembered_with_a_published_encoder(tmp_path: Path) -> None:
+    network = nystrom()
+    config = network.config
+    dataset = write_synthetic_dataset(
+        str(tmp_path / "data"), num_timepoints=60, num_parcels=config.num_brain_voxels,
+        window_len=config.num_timepoints_per_voxel, patch_len=config.timepoint_patching_size,
+    )  # fmt: skip
+    contract = published_contract(dataset.contract, config, Gain(), "synthetic")
+    predictor = predictor_on(PublishedModel(network, contract).eval())
+    predictor.train_subjects = TrainSubjects.of("", ["sub-7"])
+    predictor.manifest = {"encoder_trained": True}
+    predictor.save_pretrained(str(tmp_path / "saved"))
+    loaded = Predictor.from_pretrained(str(tmp_path / "saved"))
+    assert loaded.train_subjects is not None
+    assert loaded.train_subjects.seen({"sub-7", "sub-8"}) == {"sub-7"}
+    assert not loaded.knows_pretraining
+    assert [was_seen(loaded, name) for name in ("7", "8")] == [True, None]
+    with pytest.raises(ConfigError, match="fine-tuned to predict age, sex"):
+        loaded.encoder.forecast(dataset.split("test").as_recording(0), 10.0)
+
+
+def test_an_unfinished_folder_is_no_checkpoint(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = Store.write_bytes
+
+    def full(self: Store, name: str, data: bytes) -> None:
+        if name == "head.json":
+            raise StoreError("disk full")
+        write(self, name, data)
+
+    monkeypatch.setattr(Store, "write_bytes", full)
+    with pytest.raises(StoreError):
+        predictor.save_pretrained(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved" / "config.json").exists()  # what a finished checkpoint is known by
 
 
 def test_dropout_in_the_encoder_is_on_in_training_alone(dataset: Dataset) -> None:

@@ -109,7 +109,7 @@ def test_predictions_are_in_the_units_of_the_columns(names: dict[str, Any]) -> N
     found = names["found"]
     assert 20 < found.values["age"] < 70
     assert sum(found.probabilities["sex"].values()) == pytest.approx(1)
-    assert (found.num_windows, found.num_kept, found.num_parcels) == (3, T, P)
+    assert (found.num_windows, found.num_kept, found.num_parcels) == (2, 80, P)
 
 
 def test_hidden_values_and_whole_windows_are_as_the_page_says(names: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ import torch
 
 from brainlm.contract_distance import read_recordings
 from brainlm.dataset import Dataset
-from brainlm.heads import HeadConfig
+from brainlm.heads import HeadConfig, moments
 from brainlm.input_contract import InputContract
 from brainlm.predictor import Predictor
 from brainlm.targets import Target, TargetSettings
@@ -35,7 +35,7 @@ def make_predictor(contract: InputContract) -> Predictor:
     encoder.train_subjects = TrainSubjects.of("", [TRAINED_ON])
     predictor = Predictor(encoder, HeadConfig(pooling="mean"), [AGE, SEX])
     predictor.head.init_weights(torch.Generator().manual_seed(0))
-    predictor.head.set_whitening(torch.randn(20, 32, generator=torch.Generator().manual_seed(1)))
+    predictor.head.set_whitening(*moments(torch.randn(20, 32, generator=torch.Generator().manual_seed(1))))
     predictor.manifest = {"targets": [{"column": "age"}, {"column": "site"}], "pretraining_subjects": 0}
     return predictor.eval()
 
@@ -70,7 +70,7 @@ def test_rows_are_what_the_predictor_says(folder: str, predictor: Predictor, dat
             assert row["predicted_age"] == found.values["age"]
             assert row["predicted_site"] == found.values["site"]
             assert row["probability_site_F"] == found.probabilities["site"]["F"]
-            assert (row["num_windows"], row["num_kept"], row["split"]) == (3, 90, split)
+            assert (row["num_windows"], row["num_kept"], row["split"]) == (2, 80, split)
             assert row["seen_in_training"] == (recording.subject == TRAINED_ON)
     facts = read_facts(dataset.store.__class__(str(tmp_path)), out.name)
     assert facts["weights_sha256"] == Predictor.from_pretrained(f"{folder}/checkpoints/best-step-100").weights_sha256
@@ -92,15 +92,16 @@ def test_series_files_are_read_as_they_are_and_what_does_not_fit_is_listed(
     recording = next(read_recordings(dataset, "test"))
     np.save(tmp_path / "sub-7_bold.npy", recording.bold)
     np.save(tmp_path / "sub-8_bold.npy", rng.standard_normal((60, 5)))
+    np.save(tmp_path / "sub-9_bold.npy", recording.bold[:30])
     out = tmp_path / "predictions.parquet"
     assert main(arguments(folder, [f"{tmp_path}/*.npy"], out, "tr_s=2.0")) == 0
     (row,) = pd.read_parquet(out).to_dict("records")
     assert row["predicted_age"] == predictor.predict(recording.bold, tr_s=2.0).values["age"]
     assert row["subject"] == "7"
     assert "cleaned as the checkpoint wants" in row["adapted"]
-    (rejected,) = pd.read_parquet(tmp_path / "predictions.rejected.parquet").to_dict("records")
-    assert rejected["recording_id"] == "sub-8_bold"
-    assert "5 columns" in rejected["reason"]
+    other, short = pd.read_parquet(tmp_path / "predictions.rejected.parquet").to_dict("records")
+    assert "5 columns" in other["reason"]
+    assert short["reason"] == "sub-9_bold has 30 timepoints, a window of the model 40: it is too short"
 
 
 def write_images(folder: Path, contract: InputContract, num_timepoints: int) -> tuple[np.ndarray[Any, Any], Path]:
@@ -131,8 +132,13 @@ def test_images_go_through_the_checkpoints_contract(dataset: Dataset, tmp_path: 
     images = sorted(str(path) for path in (tmp_path / "scans").glob("*bold.nii.gz"))
     more = (f"prepare.atlas={{name: cubes, image: {image}}}", "prepare.checks={min_fit: 0, max_outside_brain: 1}")
     assert main(arguments(str(tmp_path / "predictor"), images, out, *more)) == 0
+    before = out.read_bytes()
+    assert main(arguments(str(tmp_path / "predictor"), images, out, *more)) == 0  # nothing to do
+    out.unlink()
+    assert main(arguments(str(tmp_path / "predictor"), images, out, *more)) == 0  # from what was prepared
+    assert out.read_bytes() == before
     (row,) = pd.read_parquet(out).to_dict("records")
-    assert (row["subject"], row["num_kept"]) == ("07", 90)
+    assert (row["subject"], row["num_kept"]) == ("07", 80)
     assert row["predicted_age"] == pytest.approx(predictor.predict(bold, tr_s=2.0).values["age"], rel=1e-4)
     (rejected,) = pd.read_parquet(tmp_path / "predictions.rejected.parquet").to_dict("records")
     assert "sub-08" in rejected["recording_id"]

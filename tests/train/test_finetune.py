@@ -330,7 +330,7 @@ def test_allowed_pretraining_subjects_are_shown_with_every_result(write_config: 
     assert status == [0], said
     tree = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert tree["pretraining_subjects"] == 8
-    assert "pretrained on 8 of these subjects" in tree["notes"][0]
+    assert "pretrained on 8 of these subjects, or their families" in tree["notes"][0]
     assert "too high for new ones" in (best(tmp_path / "run") / "README.md").read_text()
 
 

@@ -13,6 +13,7 @@ import yaml
 from brainlm.checkpoint import save_checkpoint
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
+from brainlm.reconstruction import STALE_DECODER
 from brainlm.testing import small_model
 from eval.references import main as references
 from tests.phenotypes import write_phenotype_dataset
@@ -84,4 +85,4 @@ def test_every_command_does_what_the_page_says(home: Path) -> None:
     run = start(home / "log", forecast, *SMALL, entry="finetune")
     assert run.finish() == [0], run.said
     (best,) = (home / "runs/study/forecaster/checkpoints").iterdir()
-    assert BrainLM.STALE_DECODER not in BrainLM.from_pretrained(str(best)).manifest
+    assert STALE_DECODER not in BrainLM.from_pretrained(str(best)).manifest

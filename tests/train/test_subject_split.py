@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from brainlm.dataset import Dataset, open_dataset
 from brainlm.errors import ConfigError, DataError
+from brainlm.input_contract import InputContract
 from brainlm.train_subjects import TrainSubjects
 from tests.phenotypes import TWINS, write_phenotype_dataset
 from train.cohort import ChosenRecordings, Cohort
@@ -30,31 +32,36 @@ def cohort(dataset: Dataset) -> Cohort:
     return Cohort(dataset)
 
 
+@pytest.fixture(scope="module")
+def contract(dataset: Dataset) -> InputContract:
+    return dataset.contract
+
+
 def subjects(split: SubjectSplit) -> dict[str, set[str]]:
     return {role: {member.subject for member in members} for role, members in split.roles.items()}
 
 
-def test_fractions_are_of_subjects_and_roles_are_disjoint(cohort: Cohort) -> None:
-    found = subjects(split_subjects(cohort, SplitSettings(), NOBODY, 40))
+def test_fractions_are_of_subjects_and_roles_are_disjoint(cohort: Cohort, contract: InputContract) -> None:
+    found = subjects(split_subjects(cohort, SplitSettings(), NOBODY, contract))
     assert len(found["train"] | found["val"] | found["test"]) == 68
     assert not found["train"] & found["val"] | found["train"] & found["test"] | found["val"] & found["test"]
     for role, share in SplitSettings().fractions.items():
         assert len(found[role]) == pytest.approx(68 * share, abs=2)
-    assert subjects(split_subjects(cohort, SplitSettings(seed=1), NOBODY, 40)) != found
+    assert subjects(split_subjects(cohort, SplitSettings(seed=1), NOBODY, contract)) != found
 
 
-def test_folds_test_everybody_once(cohort: Cohort) -> None:
+def test_folds_test_everybody_once(cohort: Cohort, contract: InputContract) -> None:
     tested: list[str] = []
     for fold in range(5):
-        found = subjects(split_subjects(cohort, SplitSettings(folds=5, fold=fold), NOBODY, 40))
+        found = subjects(split_subjects(cohort, SplitSettings(folds=5, fold=fold), NOBODY, contract))
         assert not found["train"] & (found["val"] | found["test"])
         tested += sorted(found["test"])
     assert len(tested) == len(set(tested)) == 68
 
 
 @pytest.mark.parametrize("settings", [SplitSettings(seed=seed) for seed in range(8)] + [SplitSettings(folds=3)])
-def test_a_family_stays_together(settings: SplitSettings, cohort: Cohort) -> None:
-    found = subjects(split_subjects(cohort, settings, NOBODY, 40))
+def test_a_family_stays_together(settings: SplitSettings, cohort: Cohort, contract: InputContract) -> None:
+    found = subjects(split_subjects(cohort, settings, NOBODY, contract))
     assert len({role for role, people in found.items() if people & set(TWINS)}) == 1
 
 
@@ -70,41 +77,43 @@ def test_equal_series_stay_together(dataset: Dataset, tmp_path: Path) -> None:
     assert len({member.group for member in members}) == 68 - 2 - 1
 
 
-def test_who_was_pretrained_on_is_left_out_with_the_family(cohort: Cohort) -> None:
+def test_who_was_pretrained_on_is_left_out_with_the_family(cohort: Cohort, contract: InputContract) -> None:
     known = TrainSubjects.of("x", [TWINS[0], "val001"])  # the second without sub-
-    split = split_subjects(cohort, SplitSettings(), known, 40)
+    split = split_subjects(cohort, SplitSettings(), known, contract)
     gone = {"sub-val001", *TWINS}
     assert set().union(*subjects(split).values()).isdisjoint(gone)
     assert {name.split("_")[0] for name in split.left_out} == gone
     assert split.num_pretraining_subjects == 0
-    allowed = split_subjects(cohort, SplitSettings(allow_pretraining_subjects=True), known, 40)
-    assert (allowed.num_pretraining_subjects, len(allowed.left_out)) == (2, 0)
+    allowed = split_subjects(cohort, SplitSettings(allow_pretraining_subjects=True), known, contract)
+    assert (allowed.num_pretraining_subjects, len(allowed.left_out)) == (3, 0)  # with the twin
+    with pytest.raises(ConfigError, match="pretrained on 3 of the 68 subjects, by their ids, or on their families"):
+        split_subjects(cohort, SplitSettings(column="mine"), known, contract)
 
 
-def test_an_unknown_past_must_be_allowed(cohort: Cohort) -> None:
+def test_an_unknown_past_must_be_allowed(cohort: Cohort, contract: InputContract) -> None:
     with pytest.raises(ConfigError, match="does not say whom it was pretrained on"):
-        split_subjects(cohort, SplitSettings(), None, 40)
-    split = split_subjects(cohort, SplitSettings(allow_pretraining_subjects=True), None, 40)
+        split_subjects(cohort, SplitSettings(), None, contract)
+    split = split_subjects(cohort, SplitSettings(allow_pretraining_subjects=True), None, contract)
     assert split.num_pretraining_subjects is None
 
 
-def test_a_column_gives_the_split(cohort: Cohort) -> None:
-    split = split_subjects(cohort, SplitSettings(column="mine"), NOBODY, 40)
+def test_a_column_gives_the_split(cohort: Cohort, contract: InputContract) -> None:
+    split = split_subjects(cohort, SplitSettings(column="mine"), NOBODY, contract)
     table = pd.read_parquet(io.BytesIO(cohort.dataset.store.read_bytes("subjects.parquet")))
     for role, people in subjects(split).items():
         assert people == set(table["subject"][table["mine"] == role])
 
 
-def test_short_recordings_are_left_out_with_the_reason(cohort: Cohort) -> None:
+def test_short_recordings_are_left_out_with_the_reason(cohort: Cohort, contract: InputContract) -> None:
     with pytest.raises(
         ConfigError, match=r"no subjects in train and val and test .* 68 recordings were left out \(60 time"
     ):
-        split_subjects(cohort, SplitSettings(), NOBODY, 80)
+        split_subjects(cohort, SplitSettings(), NOBODY, replace(contract, window_len=80))
 
 
-def test_the_split_is_written_down(cohort: Cohort) -> None:
+def test_the_split_is_written_down(cohort: Cohort, contract: InputContract) -> None:
     known = TrainSubjects.of("x", ["sub-val001"])
-    split = split_subjects(cohort, SplitSettings(), known, 40)
+    split = split_subjects(cohort, SplitSettings(), known, contract)
     write_split(cohort.dataset.store.sub("elsewhere"), cohort, split)
     table = pd.read_parquet(io.BytesIO(cohort.dataset.store.read_bytes(f"elsewhere/{SPLIT}")))
     assert len(table) == 68
