@@ -3,6 +3,7 @@
     python eval/predict.py --checkpoint C --data URL --out predictions.parquet [section.key=value ...] [--dry-run]
     python eval/predict.py --checkpoint C --data series/*.csv --out predictions.parquet tr_s=2.0
     python eval/predict.py --checkpoint C --data sub-01_bold.nii.gz --out predictions.parquet prepare.atlas.image=ATLAS
+    python eval/predict.py --config eval/configs/demo_predictions.yaml
 
 Data are a prepared data set, series files in the checkpoint's parcels, or images, which are prepared first as the
 checkpoint's contract says. Run it again after a stop and only what is missing is computed. Recordings without a

@@ -13,6 +13,7 @@ from cluster.pipeline import PipelineSettings
 from data_prep.settings import PrepareSettings
 from data_prep.simulated_cohort import SimulateConfig
 from eval.extract_settings import ExtractSettings
+from eval.predict_settings import PredictSettings
 from eval.settings import EvalSettings
 from eval.verdict import VerdictSettings
 from train.finetune_settings import FinetuneSettings, check_finetune_settings
@@ -64,6 +65,8 @@ def test_every_config_is_accepted_and_says_what_it_is_for(path: Path) -> None:
         cls = VerdictSettings
     elif path.name.startswith("finetune_"):
         cls = FinetuneSettings
+    elif path.name.endswith("_predictions.yaml"):
+        cls = PredictSettings
     elif path.name.endswith("_embeddings.yaml"):
         cls = ExtractSettings
     settings = load_config(cls, ROOT / path)
