@@ -51,7 +51,7 @@ from train.finetune_scores import SCORES
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("age", "severity")
-GRID = 25
+GRID = 13
 METHODS: dict[str, list[str]] = {
     "fine-tuned": [],
     "frozen": ["encoder.trained=none"],
@@ -127,9 +127,9 @@ def fine_tuned(folder: Path, dataset: str, checkpoint: str, overrides: Sequence[
         "data": {"dataset": dataset, "batch_size": 16, "windows_per_recording": 4},
         "init_from": checkpoint,
         "targets": [{"column": column} for column in TARGETS],
-        "head": {"pooling": "mean", "dropout": 0.2},
-        "encoder": {"dropout": 0.1},
-        "optimizer": {"lr": 1e-3, "warmup_ratio": 0.1},
+        "head": {"pooling": "mean", "dropout": 0.1},
+        "encoder": {"dropout": 0.0, "lr_ratio": 0.2},
+        "optimizer": {"lr": 2e-3, "warmup_ratio": 0.1},
         "engine": {"precision": "fp32", "threads": 1},
         "validation": {"every": 50, "patience": 8},
     }
@@ -175,7 +175,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=int, default=400)
     parser.add_argument("--parcels", type=int, default=60)
-    parser.add_argument("--steps", type=int, default=1000, help="of pretraining, and at most of each fine-tuning")
+    parser.add_argument("--pretrain-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800, help="of each fine-tuning, at most")
     parser.add_argument("--folder", type=Path, default=Path("runs/planted"))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--json", metavar="PATH")
@@ -184,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     config = cohort_config(args.subjects, args.parcels)
     dataset = write_dataset(config, args.folder)
     begin = time.perf_counter()
-    checkpoint = pretrained(args.folder, dataset, args.steps)
+    checkpoint = pretrained(args.folder, dataset, args.pretrain_steps)
     print(f"pretraining took {time.perf_counter() - begin:.0f} s", flush=True)
     records, table = [], pd.DataFrame()
     for method in args.methods:

@@ -106,7 +106,7 @@ class Engine:
         frozen = {name: p.detach().float().cpu().clone() for name, p in model.named_parameters() if not p.requires_grad}
         self._frozen = frozen if settings.engine.precision != "fp32" else {}
         self._torch_optimizer = optimizer = torch.optim.AdamW(
-            param_groups(model, settings.optimizer.weight_decay),
+            param_groups(model, settings.optimizer.weight_decay, settings.lr_ratios),
             lr=settings.optimizer.peak_lr(settings.data.batch_size),
             betas=settings.optimizer.betas,
             eps=settings.optimizer.eps,
@@ -160,7 +160,7 @@ class Engine:
 
     def set_learning_rate(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_ratio", 1.0)
 
     def gradient_norm(self) -> float:
         """Return the norm of the last update's gradient before clipping."""

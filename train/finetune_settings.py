@@ -23,12 +23,17 @@ class EncoderSettings(Section):
     dropout: float = 0.4
     """In the trained blocks: share of what attention and feed-forward add to the tokens that is left out (the paper's
     0.4). Parts that are frozen have none."""
+    lr_ratio: float = 0.1
+    """Learning rate of the encoder as a multiple of the head's: at its own rate it would lose what pretraining found
+    before the head can read it (Kumar et al. 2022, ICLR)."""
     untrained: bool = False
     """A control: random weights in place of those of ``init_from``."""
 
     def __post_init__(self) -> None:
         if isinstance(self.trained, int) and self.trained < 1:
             raise ConfigError(f"encoder.trained: expected all, none, or at least 1 block, found {self.trained}")
+        if not self.lr_ratio > 0:
+            raise ConfigError(f"encoder.lr_ratio: expected above 0, found {self.lr_ratio}")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"encoder.dropout: expected at least 0 and below 1, found {self.dropout}")
 
@@ -91,7 +96,7 @@ class FinetuneSettings(TrainSettings):
     permute_targets: bool = False
     """A control: the targets of the training subjects are permuted among them. Scores on the others must be chance."""
     optimizer: OptimizerSettings = field(
-        default_factory=lambda: OptimizerSettings(lr=3e-4, betas=(0.9, 0.999), warmup_ratio=0.1)
+        default_factory=lambda: OptimizerSettings(lr=1e-3, betas=(0.9, 0.999), warmup_ratio=0.1)
     )
     validation: FinetuneValidation = field(default_factory=FinetuneValidation)
 
@@ -103,6 +108,11 @@ class FinetuneSettings(TrainSettings):
             raise ConfigError(f"targets: each column once, found {columns}")
         if self.permute_targets and not self.targets:
             raise ConfigError("permute_targets is a control of targets: forecast_patches has none")
+
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        """Learning rates of parts of the model as multiples of the others', by the beginning of their names."""
+        return {"encoder.": self.encoder.lr_ratio} if self.targets else {}
 
     @property
     def checkpoint(self) -> str:

@@ -237,6 +237,11 @@ class TrainSettings(Section):
     engine: EngineSettings = field(default_factory=EngineSettings)
     validation: ValidationEvery = field(default_factory=ValidationEvery)
 
+    @property
+    def lr_ratios(self) -> dict[str, float]:
+        """Learning rates of parts of the model as multiples of the others', by the beginning of their names."""
+        return {}
+
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(TrainSettings):

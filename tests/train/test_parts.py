@@ -100,6 +100,15 @@ def test_settings_that_contradict_are_refused(section: Any, wrong: dict[str, Any
         section(**wrong)
 
 
+def test_parts_may_learn_at_rates_of_their_own(dataset_url: str) -> None:
+    model = small_model(open_dataset(dataset_url).contract, seed=0)
+    groups = param_groups(model, 0.05, {"encoder.": 0.1})
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    slow = {id(p) for group in groups if group["lr_ratio"] == 0.1 for p in group["params"]}
+    assert slow == {id(p) for p in model.encoder.parameters()}
+    assert {group["weight_decay"] for group in groups if group["lr_ratio"] == 0.1} == {0.05, 0.0}
+
+
 def test_only_matrices_of_linear_layers_decay(dataset_url: str) -> None:
     model = small_model(open_dataset(dataset_url).contract, seed=0)
     decayed, spared = (group["params"] for group in param_groups(model, 0.05))
