@@ -82,15 +82,17 @@ class Head(nn.Module):
     def set_whitening(self, num: float, sum_D: Tensor, products_DD: Tensor) -> None:
         """Take mean and covariance of features of the training subjects, from `moments` that may be added up.
 
-        The matrix is (C + `SHRINKAGE` trace(C) / D)^-1/2, symmetric: directions of less than that variance are raised
-        no further, since they hold rounding and noise.
+        The matrix is (C + lambda trace(C) / D)^-1/2, symmetric: directions of less than that variance are raised no
+        further, since they hold rounding and noise. lambda is `SHRINKAGE`, or D / num where there are fewer rows than
+        features: most directions were then not seen at all.
         """
         mean = sum_D.double().cpu() / num
         cov = products_DD.double().cpu() / num - mean[:, None] * mean
         values, vectors = torch.linalg.eigh(cov)
+        shrinkage = SHRINKAGE if num >= len(mean) else len(mean) / num
         average = values.mean().clamp(min=1e-12)  # features that do not vary at all
         self.feature_mean = mean.float()
-        self.whitener = ((vectors * (values.clamp(min=0) + SHRINKAGE * average).rsqrt()) @ vectors.T).float()
+        self.whitener = ((vectors * (values.clamp(min=0) + shrinkage * average).rsqrt()) @ vectors.T).float()
 
     def pool(self, tokens_BND: Tensor, valid_BN: Tensor | None) -> Tensor:
         """Return the mean over tokens (B, D), weighted by how well each answers the query: ``attentive``."""

@@ -19,7 +19,6 @@ from brainlm.layers import Block
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
 from brainlm.published import PublishedModel, is_published
-from brainlm.reading import evaluating
 from brainlm.targets import Target
 from brainlm.train_subjects import TrainSubjects
 from brainlm.windows import TR_TOLERANCE_S
@@ -128,14 +127,19 @@ def target_values(
 
 
 def whiten(reader: ChosenRecordings, engine: Engine) -> None:
-    """Set how the head whitens what it reads, from the windows of training recordings. All ranks take part."""
+    """Set how the head whitens what it reads, from the windows of training recordings. All ranks take part.
+
+    With the encoder's dropout, as the head will read them: whitening would raise what dropout adds far above the rest.
+    """
     predictor = engine.module
     assert isinstance(predictor, Predictor)
     chosen = range(0, len(reader), -(-len(reader) // MAX_WHITENED))
     width = predictor.head.layer1.in_features
     total = torch.zeros(1 + width + width**2, dtype=torch.float64, device=engine.device)
-    with evaluating(predictor):
+    predictor.train()
+    with torch.no_grad():
         for index in chosen[engine.world.rank :: engine.world.size]:
+            torch.manual_seed(index)  # the same dropout when the run goes on
             _, _, windows = side_by_side(predictor.contract, reader.as_recording(index), native_tr=True, whole=True)
             num, sums, products = moments(predictor.features(windows.to(engine.device)))
             total += torch.cat([sums.new_tensor([num]), sums, products.flatten()])
