@@ -13,7 +13,7 @@ from benchmarks.planted_effects import TARGETS, main
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_planted_effects_are_found_in_people_not_seen_before(tmp_path: Path) -> None:
-    words = ["--subjects", "400", "--parcels", "60", "--steps", "500", "--methods", "fine-tuned"]
+    words = ["--subjects", "400", "--parcels", "60", "--methods", "fine-tuned"]
     assert main([*words, "--folder", str(tmp_path), "--json", str(tmp_path / "out.json")]) == 0
     found = {(r["case"], r["method"]): r for r in json.loads((tmp_path / "out.json").read_text())}
     for target in TARGETS:
