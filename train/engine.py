@@ -23,6 +23,7 @@ from brainlm.layers import Block
 from brainlm.loader import WindowBatch
 from brainlm.model import BrainLM, Loss
 from brainlm.world import World, set_single_process_environment
+from train.compile_operators import load_operator
 from train.param_groups import param_groups
 from train.settings import TrainSettings, micro_batches
 from train.watchdog import LostRankError, Watchdog, is_of_a_link
@@ -88,6 +89,8 @@ class Engine:
         # The watchdog comes first, and has time to find out for whom this rank waits.
         timeout = datetime.timedelta(seconds=2 * settings.engine.timeout_s + WATCHDOG_NEEDS_S)
         with contextlib.redirect_stdout(io.StringIO()):  # every rank prints which operator it built
+            if not on_gpu:
+                load_operator()
             deepspeed.init_distributed(
                 dist_backend="nccl" if on_gpu else "gloo", timeout=timeout, verbose=False, auto_mpi_discovery=False
             )
