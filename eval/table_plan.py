@@ -160,13 +160,8 @@ def check_dataset(own: InputContract, contract: InputContract, settings: TableSe
         )
     if differences:
         notes.append(f"parcels of {own.atlas.name} are placed by their coordinates: {'; '.join(differences)}")
-    if abs(own.tr_s - contract.tr_s) > TR_TOLERANCE_S:
-        if not settings.native_tr:
-            raise ConfigError(
-                f"the data set has a TR of {own.tr_s:g} s, the checkpoint {contract.tr_s:g} s: prepare it with "
-                "contract=CHECKPOINT, or set native_tr=true, at a cost in accuracy"
-            )
-        notes.append(f"TR {own.tr_s:g} s against {contract.tr_s:g} s of the checkpoint: tokens are in true seconds")
+    remedy = "prepare it with contract=CHECKPOINT"
+    notes += _check_tr(own.tr_s, contract, settings, "the data set has a TR of", remedy)
     if settings.scaled_by == "dataset":
         notes.append("scaled by the statistics of the data set, not by those that the checkpoint was trained with")
     if not differences:
@@ -182,14 +177,21 @@ def check_files(contract: InputContract, settings: TableSettings) -> tuple[str, 
     notes = [f"series files are taken to be cleaned as the checkpoint wants them, in the parcels of {_name(contract)}"]
     if settings.tr_s is None:
         notes.append(f"tr_s was not given: taken to be that of the checkpoint, {contract.tr_s:g} s")
-    elif abs(settings.tr_s - contract.tr_s) > TR_TOLERANCE_S:
-        if not settings.native_tr:
-            raise ConfigError(
-                f"tr_s is {settings.tr_s:g} s, that of the checkpoint {contract.tr_s:g} s: resample the series "
-                "(data_prep/prepare.py contract=CHECKPOINT does), or set native_tr=true, at a cost in accuracy"
-            )
-        notes.append(f"TR {settings.tr_s:g} s against {contract.tr_s:g} s of the checkpoint: tokens in true seconds")
+    else:
+        remedy = "resample the series (data_prep/prepare.py contract=CHECKPOINT does)"
+        notes += _check_tr(settings.tr_s, contract, settings, "tr_s is", remedy)
     return (*notes, *_of_recording(settings))
+
+
+def _check_tr(tr_s: float, contract: InputContract, settings: TableSettings, said: str, remedy: str) -> list[str]:
+    if abs(tr_s - contract.tr_s) <= TR_TOLERANCE_S:
+        return []
+    if not settings.native_tr:
+        raise ConfigError(
+            f"{said} {tr_s:g} s, that of the checkpoint is {contract.tr_s:g} s: {remedy}, or set native_tr=true, at a "
+            "cost in accuracy"
+        )
+    return [f"TR {tr_s:g} s against {contract.tr_s:g} s of the checkpoint: tokens are in true seconds"]
 
 
 def _of_recording(settings: TableSettings) -> tuple[str, ...]:
