@@ -11,15 +11,15 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
 from brainlm.checkpoint import save_checkpoint
-from brainlm.config import load_config, parse_entry_args
+from brainlm.config import load_config
 from brainlm.dataset import Dataset
-from brainlm.errors import BrainLMError
-from brainlm.world import World, read_world
+from brainlm.world import World
 from train.combinations import check_combination
 from train.data import (
     build_held_out,
@@ -30,8 +30,8 @@ from train.data import (
     open_datasets,
     train_subjects,
 )
+from train.entry import Call, run_entry
 from train.first_weights import first_weights
-from train.launcher import Launcher
 from train.objective import rebuild_hidden
 from train.plan import plan
 from train.precision import resolve_precision
@@ -39,41 +39,28 @@ from train.run_files import describe
 from train.run_training import Parts, run_training
 from train.settings import PretrainSettings, check_settings, num_steps
 from train.start_up import StartUp
-from train.watchdog import EXIT_STATUS, LostRankError
 
 logger = logging.getLogger("pretrain")
 
 
 def main(argv: list[str] | None = None) -> int:
-    launcher = Launcher()  # before it can have ended
-    args = parse_entry_args(__doc__ or "", argv)
-    world = read_world()
-    logging.basicConfig(level=logging.INFO if world.is_rank_zero else logging.ERROR, format="pretrain: %(message)s")
-    for noisy in ("DeepSpeed", "deepspeed"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
-    try:
-        if args.dry_run:
-            if world.is_rank_zero:
-                print(plan(load_settings(args.config, args.overrides, world), world))
-            return 0
-        start = StartUp(world)
-        with start.together():
-            settings = load_settings(args.config, args.overrides, world)
-            datasets = open_datasets(settings)
-        run_training(settings, data_hash(datasets), lambda: build(settings, datasets, world), world, start, launcher)
-        return 0
-    except LostRankError as error:
-        logger.error("%s", error)
-        return EXIT_STATUS
-    except BrainLMError as error:
-        logger.error("%s", error)
-        return 1
+    return run_entry("pretrain", __doc__, argv, lambda call: plan(load_settings(call), call.world), pretrain)
 
 
-def load_settings(path: str, overrides: list[str], world: World) -> PretrainSettings:
+def pretrain(call: Call) -> None:
+    """Train on the data sets of the settings."""
+    start = StartUp(call.world)
+    with start.together():
+        settings = load_settings(call)
+        datasets = open_datasets(settings)
+    build_these = partial(build, settings, datasets, call.world)
+    run_training(settings, data_hash(datasets), build_these, call.world, start, call.launcher)
+
+
+def load_settings(call: Call) -> PretrainSettings:
     """Read and check the settings, which fit each other and the number of ranks."""
-    settings = resolve_precision(load_config(PretrainSettings, path, overrides))
-    check_settings(settings, world.size)
+    settings = resolve_precision(load_config(PretrainSettings, call.config, call.overrides))
+    check_settings(settings, call.world.size)
     check_combination(settings.engine)
     return settings
 
