@@ -17,7 +17,9 @@ import pandas as pd
 from brainlm.atlas import Atlas
 from brainlm.config import to_tree
 from brainlm.intervals import bootstrap_counts, bootstrap_interval, metric_value
+from brainlm.significance import holm, paired_p_value
 from brainlm.store import Store
+from eval.cohort import FloatArray
 from eval.models import MethodSpec
 from eval.planning import Plan
 from eval.scoring import r2
@@ -57,19 +59,40 @@ def write_parcels(store: Store, outputs: Outputs, atlas: Atlas) -> None:
         store.write_bytes("parcels.parquet", to_parquet(pd.concat(frames, ignore_index=True)))
 
 
-def write_forecast_curves(store: Store, outputs: Outputs, intervals: IntervalsSettings) -> None:
-    """Write ``forecast_curves.parquet``: primary R2 at each step ahead, with its interval."""
-    rows = []
+def write_forecast_curves(store: Store, outputs: Outputs, intervals: IntervalsSettings, reference: str) -> None:
+    """Write ``forecast_curves.parquet``: primary R2 at each step ahead, with its interval.
+
+    Columns ``difference``, ``p_value`` and ``p_corrected`` compare with the baseline `reference` on the same subjects;
+    corrected is for all models and steps of a horizon (Holm).
+    """
+    steps: dict[tuple[str, int, int], pd.DataFrame] = {}
     for spec, output in outputs:
         for key, part in output.table.groupby(["horizon", "step"], sort=True):
             horizon, step = (int(str(number)) for number in key)
-            sums_frame = unit_sums(part.drop(columns=["horizon", "step"]), "group")
-            sums = {name: sums_frame[name].to_numpy(np.float64) for name in ("sse", "sst")}
-            counts = bootstrap_counts(len(sums_frame), intervals.num_bootstrap, intervals.seed)
-            low, high = bootstrap_interval(sums, r2, counts, intervals.level)
-            row = {"model": spec.name, "horizon": horizon, "step": step, "r2": metric_value(sums, r2)}
-            rows.append({**row, "ci_low": low, "ci_high": high})
+            steps[spec.name, horizon, step] = unit_sums(part.drop(columns=["horizon", "step"]), "group")[["sse", "sst"]]
+    rows: list[dict[str, Any]] = []
+    for (model, horizon, step), frame in steps.items():
+        sums = _arrays(frame)
+        low, high = bootstrap_interval(
+            sums, r2, bootstrap_counts(len(frame), intervals.num_bootstrap, intervals.seed), intervals.level
+        )
+        row = {"model": model, "horizon": horizon, "step": step, "r2": metric_value(sums, r2)}
+        row |= {"ci_low": low, "ci_high": high, "reference": reference}
+        row |= {"difference": np.nan, "p_value": np.nan, "p_corrected": np.nan}
+        base = steps.get((reference, horizon, step))
+        if base is not None and model != reference and list(base.index) == list(frame.index):
+            row["difference"] = row["r2"] - metric_value(_arrays(base), r2)
+            row["p_value"] = paired_p_value(sums, _arrays(base), r2, intervals.num_exchanges, intervals.seed)
+        rows.append(row)
+    for horizon in {row["horizon"] for row in rows}:
+        tested = [row for row in rows if row["horizon"] == horizon and np.isfinite(row["p_value"])]
+        for row, corrected in zip(tested, holm([row["p_value"] for row in tested])):
+            row["p_corrected"] = corrected
     store.write_bytes("forecast_curves.parquet", to_parquet(pd.DataFrame(rows)))
+
+
+def _arrays(frame: pd.DataFrame) -> dict[str, FloatArray]:
+    return {str(name): frame[name].to_numpy(np.float64) for name in frame.columns}
 
 
 def write_examples(store: Store, outputs: Outputs, plan: Plan) -> None:

@@ -246,8 +246,16 @@ def _patches(hidden: NDArray[np.bool_], patch_len: int) -> list[tuple[int, int]]
     return [(start, start + patch_len) for start in range(0, len(hidden), patch_len) if hidden[start]]
 
 
-def draw_forecast(curves: Mapping[str, Sequence[NDArray[np.float64]]], looks: Mapping[str, Look], xlabel: str) -> Any:
-    """Draw R2 against the step ahead; a curve is (x, value, low, high), the ends NaN where there is no interval."""
+def draw_forecast(
+    curves: Mapping[str, Sequence[NDArray[np.float64]]],
+    looks: Mapping[str, Look],
+    xlabel: str,
+    marked: Mapping[str, NDArray[np.bool_]] | None = None,
+) -> Any:
+    """Draw R2 against the step ahead; a curve is (x, value, low, high), the ends NaN where there is no interval.
+
+    Steps that are `marked` get a ring.
+    """
     figure = blank_figure(9.4, 3.1)
     axis = figure.subplots()
     axis.axhline(0, color=MUTED, lw=0.8)
@@ -262,6 +270,9 @@ def draw_forecast(curves: Mapping[str, Sequence[NDArray[np.float64]]], looks: Ma
             x, value, color=look.colour, lw=2 if look.colour in MODEL_COLOURS else 1.3,
             ls="--" if look.dashed else "-", marker=look.marker, ms=3, label=look.label,
         )  # fmt: skip
+    for model, steps in (marked or {}).items():
+        x, value = curves[model][0][steps], curves[model][1][steps]
+        axis.scatter(x, value, s=42, facecolors="none", edgecolors=looks[model].colour, linewidths=1.2, zorder=4)
     pad = 0.08 * (highest - lowest)
     axis.set_ylim(lowest - pad, highest + pad)
     axis.set_xlabel(xlabel)

@@ -14,6 +14,7 @@ from brainlm.errors import ConfigError, DataError
 from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
+from eval.reference import AUTO
 from eval.settings import EvalSettings
 from eval.task import Task, Unit
 from eval.tasks.forecasting import Forecasting
@@ -164,9 +165,14 @@ def make_plan(settings: EvalSettings) -> Plan:
         networks = [spec for spec in network_specs if spec.checkpoint not in refused]
         specs = networks + [control for spec in networks for control in task.controls(spec)]
         specs += task.baselines(cohort)
-        if task.reference() and task.reference() not in [spec.name for spec in specs]:
+        if task.reference() == AUTO and settings.split != "val" and not cohort.recordings("val"):
+            raise ConfigError(
+                f"{name}.reference=auto takes the baseline that is best on validation recordings, and the data set has "
+                "none that is long enough: name a baseline"
+            )
+        if task.reference() not in ("", AUTO) and task.reference() not in [spec.name for spec in specs]:
             known = ", ".join(spec.name for spec in specs)
-            raise ConfigError(f"{name}.reference: expected one of {known}, found {task.reference()!r}")
+            raise ConfigError(f"{name}.reference: expected {AUTO} or one of {known}, found {task.reference()!r}")
         units += [Unit(task=name, spec=spec, key=unit_key(task, spec, plan)) for spec in specs]
     if not units:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)

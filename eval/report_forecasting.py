@@ -19,6 +19,8 @@ from eval.report_tables import (
     other_conditions,
 )
 
+LEVEL = 0.05
+
 
 def forecasting_section(results: Results, artist: Artist) -> Section:
     section = Section(title="Forecasting", anchor="forecasting")
@@ -78,6 +80,7 @@ def _forecast_drawing(results: Results, artist: Artist) -> Drawing | None:
         frame = frame[frame["horizon"] == longest]
         horizon = f" Windows with {int(longest)} hidden timepoints."
     curves = {}
+    marked = {}
     order = [m for m in results.looks if m in set(frame["model"])]
     kinds = {s.model: s.model_kind for s in results.all_scores}
     for model in order:
@@ -89,14 +92,24 @@ def _forecast_drawing(results: Results, artist: Artist) -> Drawing | None:
             rows[name].to_numpy(np.float64) if name in rows else np.full(len(rows), np.nan)
             for name in ("r2", "ci_low", "ci_high")
         ]
+        if "p_corrected" in rows:
+            found = (rows["p_corrected"] < LEVEL) & (rows["difference"] > 0)
+            marked[model] = found.to_numpy(bool)
     if not curves:
         return None
     axis = "seconds ahead" if results.tr_s else "timepoints ahead"
     unseen = [results.labels[m] for m, (_, value, *_) in curves.items() if not (value >= OFF_SCALE).any()]
     below = f" Below the axis at every step: {listed(unseen)}." if unseen else ""
+    rings = ""
+    if any(steps.any() for steps in marked.values()):
+        reference = results.labels.get(str(frame["reference"].iloc[0]), str(frame["reference"].iloc[0]))
+        rings = f" Rings: ahead of {reference} (p < {LEVEL:g}, corrected for all methods and steps)."
+    elif marked:
+        rings = f" At no step is a method ahead of the reference baseline (p < {LEVEL:g}, corrected)."
     return artist.show(
-        figures_charts.draw_forecast(curves, results.looks, axis),
+        figures_charts.draw_forecast(curves, results.looks, axis, marked),
         "forecast",
         "R² of every method against the time ahead",
-        f"R² of each step ahead with {results.level_text} intervals (bands).{horizon}{below} {filter_text(results)}",
+        f"R² of each step ahead with {results.level_text} intervals (bands).{rings}{horizon}{below} "
+        f"{filter_text(results)}",
     )

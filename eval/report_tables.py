@@ -87,8 +87,10 @@ def metric_text(metric: str) -> MetricText:
         base = metric_text(metric.removesuffix("_minus_reference"))
         return MetricText(
             name=f"{base.name}: paired difference from the reference baseline",
-            definition=f"Difference of {base.name} from the reference baseline, which was fixed in advance; both are "
-            "resampled together, by subject. An interval that includes 0 shows no difference.",
+            definition=f"Difference of {base.name} from the reference baseline, which was named in advance or chosen "
+            "on validation recordings; both are resampled together, by subject. An interval that includes 0 shows no "
+            "difference. p: two-sided, by exchanging the two methods' results of subjects, corrected for all "
+            "comparisons of the task (Holm).",
         )
     return METRICS.get(metric, MetricText(name=metric, definition=f"{metric}, as the task defines it."))
 
@@ -182,9 +184,8 @@ def make_table(
                 cells.append(Cell())
                 continue
             is_best = found.model_kind in ("brainlm", "baseline") and found.value == best.get(value)
-            cells.append(
-                Cell(value=minus(found.value), interval=interval_text(found.ci_low, found.ci_high), best=is_best)
-            )
+            interval = interval_text(found.ci_low, found.ci_high) + p_text(found)
+            cells.append(Cell(value=minus(found.value), interval=interval, best=is_best))
         kind = group[0].model_kind
         extra = ", ".join(c for c in conditions if c)
         label = results.labels[model] + (f", {extra}" if extra else "")
@@ -203,6 +204,13 @@ def make_table(
         head=head,
         marks=explained,
     )
+
+
+def p_text(score: Score) -> str:
+    """Return a corrected p value, to go after an interval."""
+    if score.p_corrected is None:
+        return ""
+    return " p < 0.001" if score.p_corrected < 0.001 else f" p = {score.p_corrected:.3f}"
 
 
 def num_text(scores: Sequence[Score]) -> str:
@@ -235,7 +243,7 @@ def record_rows(results: Results) -> list[list[str]]:
             s.metric,
             ", ".join(f"{k} {v}" for k, v in s.condition.items()),
             minus(s.value),
-            interval_text(s.ci_low, s.ci_high),
+            interval_text(s.ci_low, s.ci_high) + p_text(s),
             f"{s.num_subjects} / {s.num_recordings}",
             s.statistics_from,
             s.model_hash[:12],

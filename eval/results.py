@@ -12,6 +12,8 @@ from brainlm.errors import DataError
 from brainlm.store import Store
 
 FILE_NAME = "results.json"
+ADDED = {"p_value", "p_corrected"}
+"""Fields that older files do not have."""
 ModelKind = Literal["brainlm", "untrained", "baseline", "control", "optimum"]
 StatisticsFrom = Literal["checkpoint", "cohort"]
 ConditionValue = str | int | float
@@ -31,6 +33,9 @@ class Score:
         `model_hash` is the sha256 of a checkpoint's weights, or identifies a baseline's code and training data.
     metric, value, ci_low, ci_high
         The interval is None where it cannot be computed (one subject).
+    p_value, p_corrected : float or None
+        Of a difference from the reference baseline: two-sided, by exchanging the two methods' results of subjects; and
+        corrected for all comparisons of the task (Holm).
     num_subjects, num_recordings : int
     condition : mapping
         What was varied, e.g. ``{"mask_ratio": 0.5, "centring": "recording"}``.
@@ -57,6 +62,8 @@ class Score:
     condition: dict[str, ConditionValue]
     statistics_from: StatisticsFrom
     notes: tuple[str, ...] = ()
+    p_value: float | None = None
+    p_corrected: float | None = None
 
     def __post_init__(self) -> None:
         where = f"score {self.task}/{self.model}/{self.metric}"
@@ -69,6 +76,8 @@ class Score:
             raise DataError(f"{where}: an interval has two finite ends or none, found {ends}")
         if ends[0] is not None and ends[1] is not None and ends[0] > ends[1]:
             raise DataError(f"{where}: the interval is upside down, {ends}")
+        if any(p is not None and not 0 < p <= 1 for p in (self.p_value, self.p_corrected)):
+            raise DataError(f"{where}: p values lie in (0, 1], found {self.p_value} and {self.p_corrected}")
         if self.num_subjects < 0 or self.num_recordings < 0 or self.version < 1:
             raise DataError(f"{where}: counts and version cannot be negative")
 
@@ -96,8 +105,10 @@ def read_scores(store: Store) -> list[Score]:
         raise DataError(f"{store.url_of(FILE_NAME)}: expected a list of records, found {type(tree).__name__}")
     known = {field.name for field in dataclasses.fields(Score)}
     for number, record in enumerate(tree):
-        if not isinstance(record, dict) or set(record) != known:
-            odd = sorted(known.symmetric_difference(record)) if isinstance(record, dict) else [type(record).__name__]
+        odd = [type(record).__name__]
+        if isinstance(record, dict):
+            odd = sorted(known.symmetric_difference(record) - (ADDED - record.keys()))
+        if odd:
             raise DataError(f"{store.url_of(FILE_NAME)}, record {number}: unknown or missing: {', '.join(odd)}")
     try:
         adapter = TypeAdapter(list[Score], config=ConfigDict(strict=False))

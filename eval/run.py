@@ -20,6 +20,7 @@ from brainlm.store import Store
 from eval.artifacts import command_line, write_examples, write_forecast_curves, write_parcels, write_run
 from eval.fan_out import run_units
 from eval.planning import Plan, make_plan, make_task
+from eval.reference import choose_reference
 from eval.results import Score, write_scores
 from eval.settings import EvalSettings
 from eval.summary import summary
@@ -87,6 +88,7 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
         dataset_hash=plan.dataset.content_hash,
         split=settings.split,
         num_bootstrap=settings.intervals.num_bootstrap,
+        num_exchanges=settings.intervals.num_exchanges,
         seed=settings.intervals.seed,
         level=settings.intervals.level,
         notes=data_notes(plan),
@@ -96,12 +98,14 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
         outputs = [(unit.spec, read_output(store, unit)) for unit in done if unit.task == name]
         if not outputs:
             continue
-        scores += make_scores(make_task(name, settings), outputs, context)
+        task = make_task(name, settings)
+        reference = choose_reference(task, outputs)
+        scores += make_scores(task, outputs, context, reference)
         if name == "reconstruction":
             write_parcels(store, outputs, plan.dataset.contract.atlas)
             write_examples(store, outputs, plan)
         elif name == "forecasting":
-            write_forecast_curves(store, outputs, settings.intervals)
+            write_forecast_curves(store, outputs, settings.intervals, reference)
     write_scores(store, scores)
     return scores
 

@@ -17,15 +17,18 @@ TaskName = Literal["reconstruction", "forecasting", "networks"]
 
 @dataclass(frozen=True, kw_only=True)
 class IntervalsSettings(Section):
-    """Bootstrap over subjects."""
+    """Bootstrap over subjects, and exchanges of two methods' results for p values."""
 
     num_bootstrap: int = 2000
+    num_exchanges: int = 10_000
     seed: int = 0
     level: float = 0.95
 
     def __post_init__(self) -> None:
-        if self.num_bootstrap < 1 or not 0 < self.level < 1:
-            raise ConfigError("intervals: num_bootstrap must be at least 1 and level between 0 and 1")
+        if self.num_bootstrap < 1 or self.num_exchanges < 1 or not 0 < self.level < 1:
+            raise ConfigError(
+                "intervals: num_bootstrap and num_exchanges must be at least 1, level must lie between 0 and 1"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

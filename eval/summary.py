@@ -61,6 +61,8 @@ def _row(score: Score) -> str:
 def _column(score: Score, by: str) -> str:
     words = {"mask_ratio": "{:.0%} hidden", "horizon": "{} timepoints ahead", "folds": "{} folds"}
     shown = {name: value for name, value in score.condition.items() if name not in (*IN_ROW, *SILENT, by)}
+    if score.condition.get("mask", "random") != "random":
+        words = words | {"mask_ratio": "{:.0%} of " + str(score.condition["mask"]).replace("_", " ") + " hidden"}
     return ", ".join(words.get(name, name + " {}").format(value) for name, value in shown.items())
 
 

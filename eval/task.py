@@ -11,7 +11,7 @@ import io
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,12 +20,15 @@ from numpy.typing import NDArray
 
 from brainlm.errors import StoreError
 from brainlm.intervals import Metric, bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
+from brainlm.significance import holm, paired_p_value
 from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.models import MethodSpec
 from eval.results import Score, StatisticsFrom
 
 FOLDER = "subjects"
+Key = tuple[int, tuple[Any, ...]]
+"""A grouping of a task by number, and the values of its conditions."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,11 +44,13 @@ class Runtime:
 class UnitOutput:
     """What a unit leaves behind.
 
-    ``table`` holds sums, one row a recording (or parcel) and condition; ``parcels`` sums per parcel; ``examples``
-    arrays for figures.
+    ``table`` holds sums, one row a recording (or parcel) and condition; ``validation`` the same of validation
+    recordings, where the task chooses its reference baseline by them; ``parcels`` sums per parcel; ``examples`` arrays
+    for figures.
     """
 
     table: pd.DataFrame
+    validation: pd.DataFrame | None = None
     parcels: pd.DataFrame | None = None
     examples: Mapping[str, NDArray[Any]] = field(default_factory=dict)
 
@@ -88,7 +93,7 @@ class Task(Protocol):
         """Divide the tables of all methods into parts that are resampled alike."""
 
     def reference(self) -> str:
-        """Name the baseline, fixed in advance, that every method is compared with ("" = none)."""
+        """Name the baseline that every method is compared with: ``auto`` = the best on validation, "" = none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,8 +119,9 @@ def is_done(store: Store, unit: Unit) -> bool:
 
 def write_output(store: Store, unit: Unit, output: UnitOutput) -> None:
     """Write a unit's files, each atomically, the table last: a unit with a table is complete."""
-    if output.parcels is not None:
-        store.write_bytes(f"{unit.stem}.parcels.parquet", to_parquet(output.parcels))
+    for name, frame in (("parcels", output.parcels), ("validation", output.validation)):
+        if frame is not None:
+            store.write_bytes(f"{unit.stem}.{name}.parquet", to_parquet(frame))
     if output.examples:
         store.write_bytes(f"{unit.stem}.examples.npz", to_npz(output.examples))
     store.write_bytes(f"{unit.stem}.parquet", to_parquet(output.table))
@@ -129,10 +135,12 @@ def read_output(store: Store, unit: Unit) -> UnitOutput:
     StoreError
         If a file is damaged, naming the files to remove.
     """
-    parcels = examples = None
+    examples = None
+    more: dict[str, pd.DataFrame] = {}
     try:
-        if store.exists(f"{unit.stem}.parcels.parquet"):
-            parcels = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parcels.parquet")))
+        for name in ("parcels", "validation"):
+            if store.exists(f"{unit.stem}.{name}.parquet"):
+                more[name] = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.{name}.parquet")))
         if store.exists(f"{unit.stem}.examples.npz"):
             with np.load(io.BytesIO(store.read_bytes(f"{unit.stem}.examples.npz")), allow_pickle=False) as archive:
                 examples = {name: archive[name] for name in archive.files}
@@ -140,7 +148,7 @@ def read_output(store: Store, unit: Unit) -> UnitOutput:
     except (ValueError, EOFError, OSError, zipfile.BadZipFile) as error:  # pyarrow's errors are ValueErrors
         files = f"{store.url_of(unit.stem)}.*"
         raise StoreError(f"{files} is damaged; remove these files and run again: {error}") from error
-    return UnitOutput(table=table, parcels=parcels, examples=examples or {})
+    return UnitOutput(table=table, examples=examples or {}, **more)
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:
@@ -163,6 +171,7 @@ class ScoreContext:
     dataset_hash: str
     split: str
     num_bootstrap: int
+    num_exchanges: int
     seed: int
     level: float
     notes: tuple[str, ...] = ()
@@ -174,89 +183,122 @@ def unit_sums(frame: pd.DataFrame, unit: str) -> pd.DataFrame:
     return frame.groupby(unit, sort=False)[list(numeric)].sum()
 
 
-def make_scores(task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext) -> list[Score]:
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """The sums of one method under one condition, one row a resampled unit (subject, family or parcel).
+
+    ``bare`` is the key of the same condition for a reference baseline, which knows fewer conditions.
+    """
+
+    frame: pd.DataFrame
+    grouping: Grouping
+    condition: dict[str, str | int | float]
+    bare: Key
+    num_subjects: int
+    num_recordings: int
+
+    @property
+    def by_name(self) -> dict[str, NDArray[np.float64]]:
+        return {str(name): self.frame[name].to_numpy(np.float64) for name in self.frame.columns}
+
+    def value(self) -> float:
+        """Return the first metric over all units."""
+        return metric_value(self.by_name, next(iter(self.grouping.metrics.values())))
+
+
+def sums_by_condition(task: Task, table: pd.DataFrame) -> dict[Key, Sums]:
+    """Add up one method's table for each of the task's groupings and conditions."""
+    found: dict[Key, Sums] = {}
+    for number, (frame, grouping) in enumerate(task.groupings(table)):
+        names = grouping.conditions
+        for key, rows in frame.groupby(list(names), sort=False):
+            values = tuple(key)
+            num_subjects, num_recordings = _num_distinct(rows)
+            found[number, values] = Sums(
+                frame=unit_sums(rows.drop(columns=list(names)), grouping.unit),
+                grouping=grouping,
+                condition={name: _plain(value) for name, value in zip(names, values) if value != ""},
+                bare=(number, tuple("" if c in grouping.not_in_reference else v for c, v in zip(names, values))),
+                num_subjects=num_subjects,
+                num_recordings=num_recordings,
+            )
+    return found
+
+
+def make_scores(
+    task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext, reference: str
+) -> list[Score]:
     """Turn the tables of all methods of one task into scores with intervals.
 
-    Every method is also compared with the task's reference baseline under the same condition: metric
-    ``<first metric>_minus_reference``, paired by resampled unit.
+    Every method is also compared with the baseline `reference` ("" = none) under the same condition: metric
+    ``<first metric>_minus_reference``, paired by resampled unit, with its p value. P values are corrected for all
+    comparisons of the task (Holm).
     """
     scores: list[Score] = []
-    parts: dict[tuple[int, tuple[Any, ...]], dict[str, pd.DataFrame]] = {}
+    tables = {spec.name: sums_by_condition(task, output.table) for spec, output in outputs}
     specs = {spec.name: spec for spec, _ in outputs}
-    groupings: dict[int, Grouping] = {}
-    counted: dict[tuple[int, tuple[Any, ...], str], tuple[int, int]] = {}
-    for spec, output in outputs:
-        for number, (frame, grouping) in enumerate(task.groupings(output.table)):
-            groupings[number] = grouping
-            for key, rows in frame.groupby(list(grouping.conditions), sort=False):
-                values = tuple(key)
-                sums = unit_sums(rows.drop(columns=list(grouping.conditions)), grouping.unit)
-                parts.setdefault((number, values), {})[spec.name] = sums
-                counted[number, values, spec.name] = _num_distinct(rows)
-    for (number, values), by_method in parts.items():
-        grouping = groupings[number]
-        condition = {name: _plain(value) for name, value in zip(grouping.conditions, values) if value != ""}
-        bare = tuple("" if c in grouping.not_in_reference else v for c, v in zip(grouping.conditions, values))
-        reference = parts.get((number, bare), {}).get(task.reference())
-        for name, unit_frame in by_method.items():
+    for key in dict.fromkeys(key for table in tables.values() for key in table):
+        for name in (name for name, table in tables.items() if key in table):
+            sums = tables[name][key]
             spec = specs[name]
-            per_unit = _columns(unit_frame)
-            counts = bootstrap_counts(len(unit_frame), context.num_bootstrap, context.seed)
-            num_subjects, num_recordings = counted[number, values, name]
-            statistics_from: StatisticsFrom = "checkpoint" if spec.checkpoint else "cohort"
-            common: dict[str, Any] = {
-                "task": task.name,
-                "version": task.version,
-                "dataset": context.dataset,
-                "dataset_hash": context.dataset_hash,
-                "split": context.split,
-                "model": spec.name,
-                "model_kind": spec.kind,
-                "model_hash": spec.model_hash,
-                "num_subjects": num_subjects,
-                "num_recordings": num_recordings,
-                "statistics_from": statistics_from,
-            }
-            notes = spec.notes + context.notes
-            if grouping.unit != "group":
-                notes += (f"interval over {grouping.unit}s, not over subjects",)
-            elif len(unit_frame) < num_subjects:
-                notes += ("subjects of one family are resampled together",)
-            if len(unit_frame) < 2:
-                notes += ("nothing to resample: no interval",)
-            for metric_name, metric in grouping.metrics.items():
-                low, high = bootstrap_interval(per_unit, metric, counts, context.level)
-                scores.append(
-                    Score(
-                        metric=metric_name,
-                        value=metric_value(per_unit, metric),
-                        ci_low=_or_none(low),
-                        ci_high=_or_none(high),
-                        condition=dict(condition),
-                        notes=notes,
-                        **common,
-                    )
-                )
-            if reference is not None and name != task.reference() and list(reference.index) == list(unit_frame.index):
-                metric_name, metric = next(iter(grouping.metrics.items()))
-                theirs = _columns(reference)
-                low, high = bootstrap_difference(per_unit, theirs, metric, counts, context.level)
-                scores.append(
-                    Score(
-                        metric=f"{metric_name}_minus_reference",
-                        value=metric_value(per_unit, metric) - metric_value(theirs, metric),
-                        ci_low=_or_none(low),
-                        ci_high=_or_none(high),
-                        condition={**condition, "reference": task.reference()},
-                        notes=notes,
-                        **common,
-                    )
-                )
-    return scores
+            common = _common(task, spec, sums, context)
+            counts = bootstrap_counts(len(sums.frame), context.num_bootstrap, context.seed)
+            for metric_name, metric in sums.grouping.metrics.items():
+                low, high = bootstrap_interval(sums.by_name, metric, counts, context.level)
+                value = metric_value(sums.by_name, metric)
+                scores.append(_score(common, metric_name, value, low, high, sums.condition))
+            theirs = tables.get(reference, {}).get(sums.bare)
+            if theirs is not None and name != reference and list(theirs.frame.index) == list(sums.frame.index):
+                metric_name, metric = next(iter(sums.grouping.metrics.items()))
+                low, high = bootstrap_difference(sums.by_name, theirs.by_name, metric, counts, context.level)
+                p_value = paired_p_value(sums.by_name, theirs.by_name, metric, context.num_exchanges, context.seed)
+                condition = {**sums.condition, "reference": reference}
+                difference = sums.value() - theirs.value()
+                compared = _score(common, f"{metric_name}_minus_reference", difference, low, high, condition)
+                scores.append(replace(compared, p_value=_or_none(p_value)))
+    return _corrected(scores)
 
 
-def _columns(frame: pd.DataFrame) -> dict[str, NDArray[np.float64]]:
-    return {str(name): frame[name].to_numpy(np.float64) for name in frame.columns}
+def _common(task: Task, spec: MethodSpec, sums: Sums, context: ScoreContext) -> dict[str, Any]:
+    notes = spec.notes + context.notes
+    unit, num_units = sums.grouping.unit, len(sums.frame)
+    if unit != "group":
+        notes += (f"interval over {unit}s, not over subjects",)
+    elif num_units < sums.num_subjects:
+        notes += ("subjects of one family are resampled together",)
+    if num_units < 2:
+        notes += ("nothing to resample: no interval",)
+    statistics_from: StatisticsFrom = "checkpoint" if spec.checkpoint else "cohort"
+    return {
+        "task": task.name,
+        "version": task.version,
+        "dataset": context.dataset,
+        "dataset_hash": context.dataset_hash,
+        "split": context.split,
+        "model": spec.name,
+        "model_kind": spec.kind,
+        "model_hash": spec.model_hash,
+        "num_subjects": sums.num_subjects,
+        "num_recordings": sums.num_recordings,
+        "statistics_from": statistics_from,
+        "notes": notes,
+    }
+
+
+def _score(
+    common: dict[str, Any], metric: str, value: float, low: float, high: float, condition: dict[str, Any]
+) -> Score:
+    ends = {"ci_low": _or_none(low), "ci_high": _or_none(high), "condition": dict(condition)}
+    return Score(metric=metric, value=value, **common | ends)
+
+
+def _corrected(scores: list[Score]) -> list[Score]:
+    tested = [number for number, score in enumerate(scores) if score.p_value is not None]
+    corrected = dict(zip(tested, holm([scores[number].p_value or 0.0 for number in tested])))
+    return [
+        replace(score, p_corrected=corrected[number]) if number in corrected else score
+        for number, score in enumerate(scores)
+    ]
 
 
 def _num_distinct(rows: pd.DataFrame) -> tuple[int, int]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -10,32 +11,34 @@ import pandas as pd
 
 from brainlm.config import Section, to_tree
 from brainlm.errors import ConfigError, DataError
-from eval.baselines.autoregressive import Autoregressive
+from eval.baselines.forecasters import FAST, ForecasterSettings, check_names, forecaster_spec, make_forecaster
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
-from eval.baselines.simple import Mean, Persistence
 from eval.cohort import BoolArray, Cohort, Window
 from eval.models import Method, MethodSpec, load_network
+from eval.reference import AUTO, NUM_VALIDATION
 from eval.scoring import METRICS, SUMS, Centring, predict_windows, window_sums
 from eval.task import Grouping, Runtime, UnitOutput
 
 
 @dataclass(frozen=True, kw_only=True)
 class ForecastingSettings(Section):
-    """How far ahead, and what the autoregression may choose from."""
+    """How far ahead, and which baselines stand beside."""
 
     horizons: tuple[int, ...] = (20,)
     """Timepoints predicted at the end of each window; multiples of the patch length."""
     max_windows_per_recording: int = 1
-    orders: tuple[int, ...] = (1, 2, 3, 5, 8, 12, 16, 24)
-    """Of the autoregression; chosen on ``val``."""
-    reference: str = "autoregression"
-    """Baseline that every method is compared with, fixed in advance."""
+    baselines: tuple[str, ...] = FAST
+    """By name, or ``package.module:Class`` of your own; LSTM, Neural ODE and Latent ODE take longer to train."""
+    forecasters: ForecasterSettings = field(default_factory=ForecasterSettings)
+    reference: str = AUTO
+    """Baseline that every method is compared with; ``auto`` = the one that is best on validation recordings."""
 
     def __post_init__(self) -> None:
         if not self.horizons or any(horizon < 1 for horizon in self.horizons):
             raise ConfigError(f"forecasting.horizons: expected at least one, each above 0, found {self.horizons}")
-        if not self.orders or any(order < 1 for order in self.orders) or self.max_windows_per_recording < 1:
-            raise ConfigError("forecasting: orders and max_windows_per_recording must be at least 1")
+        if self.max_windows_per_recording < 1:
+            raise ConfigError("forecasting.max_windows_per_recording must be at least 1")
+        check_names(self.baselines)
 
 
 class Forecasting:
@@ -47,14 +50,15 @@ class Forecasting:
     """
 
     name = "forecasting"
-    version = 1
+    version = 2
 
     def __init__(self, settings: ForecastingSettings) -> None:
         self.settings = settings
 
     def hashed_settings(self) -> dict[str, Any]:
         tree = to_tree(self.settings)
-        del tree["reference"]
+        for name in ("reference", "baselines", "forecasters"):  # these are part of each baseline's own hash
+            del tree[name]
         return tree
 
     def why_not(self, cohort: Cohort) -> str:
@@ -70,10 +74,7 @@ class Forecasting:
         return self.settings.reference
 
     def baselines(self, cohort: Cohort) -> list[MethodSpec]:
-        specs = [
-            MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1")
-            for name in ("mean", "persistence", "autoregression")
-        ]
+        specs = [forecaster_spec(name, self.settings.forecasters) for name in self.settings.baselines]
         if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
             notes = ("knows the mean of the whole recording",)
             specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1", notes=notes))
@@ -88,46 +89,60 @@ class Forecasting:
             return load_network(spec, runtime.untrained_seed, runtime.device)
         if spec.name == "optimum":
             return Optimum(cohort.dataset)
-        if spec.name == "autoregression":
-            return Autoregressive(contract, self.settings.orders, horizon)
-        return Mean(contract) if spec.name == "mean" else Persistence(contract)
+        return make_forecaster(spec, contract, horizon, self.settings.forecasters)
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         centring: Centring = "recording" if spec.kind == "optimum" else "visible"
-        rows = []
+        rows: list[dict[str, Any]] = []
+        validation: list[dict[str, Any]] = []
         for horizon in self.settings.horizons:
             method = self.method(spec, cohort, runtime, horizon)
             method.fit(cohort)
-
-            def draw(window: Window, horizon: int = horizon) -> BoolArray:
-                return future_mask(cohort, window.scored_P, horizon)
-
             windows = cohort.windows(self.settings.max_windows_per_recording)
-            sums: dict[int, dict[int, dict[str, Any]]] = {}
-            for _, item in predict_windows(method, cohort, windows, draw, (centring,), runtime.batch_size):
-                ref = item.window.ref
-                sums.setdefault(ref.index, {})[ref.start] = window_sums(item, axis=(0,))
-            for index, parts in sorted(sums.items()):
-                ordered = [parts[start] for start in sorted(parts)]
-                total = {name: np.sum([part[name] for part in ordered], axis=0)[-horizon:] for name in SUMS}
-                for step in range(1, horizon + 1):
-                    if total["n"][step - 1] == 0:  # censored in every window of this recording
-                        continue
-                    rows.append(
-                        {
-                            **cohort.identifiers(index),
-                            "horizon": horizon,
-                            "step": step,
-                            "num_windows": len(ordered),
-                            **{name: float(total[name][step - 1]) for name in SUMS},
-                        }
-                    )
+            rows += _rows(method, cohort, windows, horizon, centring, runtime.batch_size)
+            if spec.kind == "baseline":
+                held_out = replace(cohort, split="val")
+                windows = held_out.windows(1, max_recordings=NUM_VALIDATION)
+                validation += _rows(method, held_out, windows, horizon, centring, runtime.batch_size)
         if not rows:
             raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
-        return UnitOutput(table=pd.DataFrame(rows))
+        return UnitOutput(table=pd.DataFrame(rows), validation=pd.DataFrame(validation) if validation else None)
 
     def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
         return [(table.drop(columns="step"), Grouping(conditions=("horizon",), metrics=METRICS))]
+
+
+def _rows(
+    method: Method, cohort: Cohort, windows: Iterable[Window], horizon: int, centring: Centring, batch_size: int
+) -> list[dict[str, Any]]:
+    """Forecast windows and return sums, one row a recording and step ahead, in a fixed order."""
+
+    def draw(window: Window) -> BoolArray:
+        return future_mask(cohort, window.scored_P, horizon)
+
+    sums: dict[int, dict[int, dict[str, Any]]] = {}
+    for _, item in predict_windows(method, cohort, windows, draw, (centring,), batch_size):
+        ref = item.window.ref
+        sums.setdefault(ref.index, {})[ref.start] = {
+            name: part[-horizon:] for name, part in window_sums(item, axis=(0,)).items()
+        }
+    rows = []
+    for index, parts in sorted(sums.items()):
+        ordered = [parts[start] for start in sorted(parts)]
+        total = {name: np.sum([part[name] for part in ordered], axis=0) for name in SUMS}
+        for step in range(1, horizon + 1):
+            if total["n"][step - 1] == 0:  # censored in every window of this recording
+                continue
+            rows.append(
+                {
+                    **cohort.identifiers(index),
+                    "horizon": horizon,
+                    "step": step,
+                    "num_windows": len(ordered),
+                    **{name: float(total[name][step - 1]) for name in SUMS},
+                }
+            )
+    return rows
 
 
 def future_mask(cohort: Cohort, scored_P: BoolArray, horizon: int) -> BoolArray:

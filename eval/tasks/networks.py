@@ -47,6 +47,8 @@ class NetworksSettings(Section):
     def __post_init__(self) -> None:
         if self.folds < 2 or self.num_blocks < self.folds:
             raise ConfigError("networks: folds must be at least 2 and num_blocks at least as many")
+        if self.reference == "auto":
+            raise ConfigError("networks.reference: name a baseline; parcels have no validation split to choose one on")
         if not self.neighbours or min(self.neighbours) < 1 or not self.fold_kinds or not self.parts:
             raise ConfigError("networks: neighbours (above 0), fold_kinds and parts must not be empty")
         if not 0 < self.mask_ratio < 1 or self.num_masks < 1 or self.max_windows_per_recording < 1:

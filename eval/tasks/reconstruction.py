@@ -1,8 +1,10 @@
-"""Reconstruction of hidden tokens (paper, Table 1 and Fig. 3)."""
+"""Reconstruction of hidden tokens (paper, Table 1 and Fig. 3), hidden at random or in other ways."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -10,26 +12,35 @@ import pandas as pd
 
 from brainlm.config import Section, to_tree
 from brainlm.errors import ConfigError, DataError
+from brainlm.masking import MaskKind
+from eval.baselines.external import external_class, external_spec, is_external
 from eval.baselines.gaussian import Gaussian
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Interpolation, Mean
 from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
-from eval.masks import random_mask
+from eval.masks import draw_mask
 from eval.models import Method, MethodSpec, load_network
+from eval.reference import AUTO, NUM_VALIDATION
 from eval.scoring import METRICS, SUMS, Centring, Scored, predict_windows, window_sums
 from eval.task import Grouping, Runtime, UnitOutput
+
+BASELINES = ("mean", "interpolation", "gaussian", "gaussian space x time", "gaussian adapted")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReconstructionSettings(Section):
-    """What is hidden, and what the Gaussian baselines may choose from."""
+    """What is hidden, which baselines stand beside, and what the Gaussian ones may choose from."""
 
+    mask_kinds: tuple[MaskKind, ...] = ("random",)
+    """``random`` tokens, whole ``parcels``, ``time_blocks`` of all parcels, the ``future``: the last patches."""
     mask_ratios: tuple[float, ...] = (0.2, 0.5, 0.75)
     centrings: tuple[Centring, ...] = ("recording", "visible")
     """``recording``: series as stored (the paper). ``visible``: also centred on visible values alone (no leak)."""
     max_windows_per_recording: int = 1
     seed: int = 0
+    baselines: tuple[str, ...] = BASELINES
+    """By name, or ``package.module:Class`` of your own."""
     shrinkages: tuple[float, ...] = (0.001, 0.01, 0.03, 0.1, 0.3)
     own_weights: tuple[float, ...] = (0.1, 0.3, 0.5, 0.7)
     """Of the baseline ``gaussian adapted``; empty leaves that baseline out."""
@@ -38,14 +49,22 @@ class ReconstructionSettings(Section):
     num_tuning_windows: int = 8
     num_examples: int = 3
     """Windows whose predictions are kept for figures, at the middle mask ratio."""
-    reference: str = "gaussian"
-    """Baseline that every method is compared with, fixed in advance."""
+    reference: str = AUTO
+    """Baseline that every method is compared with; ``auto`` = the one that is best on validation recordings."""
 
     def __post_init__(self) -> None:
         if not self.mask_ratios or any(not 0 < ratio < 1 for ratio in self.mask_ratios):
             raise ConfigError(
                 f"reconstruction.mask_ratios: expected fractions between 0 and 1, found {self.mask_ratios}"
             )
+        unknown = [name for name in self.baselines if name not in BASELINES and not is_external(name)]
+        if unknown or len(set(self.baselines)) < len(self.baselines):
+            raise ConfigError(
+                f"reconstruction.baselines: expected some of {', '.join(BASELINES)}, or package.module:Class, each "
+                f"once, found {', '.join(unknown) or 'one twice'}"
+            )
+        if not self.mask_kinds or len(set(self.mask_kinds)) < len(self.mask_kinds):
+            raise ConfigError("reconstruction.mask_kinds: name at least one, each once")
         if not self.centrings or not self.shrinkages:
             raise ConfigError("reconstruction: centrings and shrinkages must not be empty")
         if any(not 0 < weight < 1 for weight in self.shrinkages + self.own_weights + self.noises):
@@ -55,21 +74,22 @@ class ReconstructionSettings(Section):
 
 
 class Reconstruction:
-    """Hide random tokens, rebuild them, score hidden values only.
+    """Hide tokens, rebuild them, score hidden values only.
 
     Every method sees the same masks. Parcels that are missing or do not vary are not scored, nor are censored
     timepoints.
     """
 
     name = "reconstruction"
-    version = 1
+    version = 2
 
     def __init__(self, settings: ReconstructionSettings) -> None:
         self.settings = settings
 
     def hashed_settings(self) -> dict[str, Any]:
         tree = to_tree(self.settings)
-        del tree["reference"]
+        for name in ("reference", "baselines"):
+            del tree[name]
         return tree
 
     def why_not(self, cohort: Cohort) -> str:
@@ -79,10 +99,14 @@ class Reconstruction:
         return self.settings.reference
 
     def baselines(self, cohort: Cohort) -> list[MethodSpec]:
-        names = ["mean", "interpolation", "gaussian"]
-        names += ["gaussian space x time"] * bool(self.settings.noises)
-        names += ["gaussian adapted"] * bool(self.settings.own_weights)
-        specs = [MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1") for name in names]
+        needs = {"gaussian space x time": self.settings.noises, "gaussian adapted": self.settings.own_weights}
+        names = [name for name in self.settings.baselines if needs.get(name, True)]
+        specs = [
+            external_spec(name)
+            if is_external(name)
+            else MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1")
+            for name in names
+        ]
         if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
             specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1"))
         return specs
@@ -94,6 +118,9 @@ class Reconstruction:
         settings, contract = self.settings, cohort.dataset.contract
         if spec.checkpoint:
             return load_network(spec, runtime.untrained_seed, runtime.device)
+        if spec.variant:
+            method: Method = external_class(spec.variant)(contract)
+            return method
         if spec.name == "optimum":
             return Optimum(cohort.dataset)
         if spec.name == "gaussian space x time":
@@ -109,44 +136,27 @@ class Reconstruction:
         method.fit(cohort)
         # The planted process has a known mean; what is left after other centring is no longer that process.
         centrings = tuple(c for c in settings.centrings if spec.kind != "optimum" or c == "recording")
-        sums: dict[tuple[int, float, Centring], dict[int, dict[str, Any]]] = {}
+        rows: list[dict[str, Any]] = []
         by_parcel: dict[float, dict[str, FloatArray]] = {}
         examples: list[Scored] = []
         shown = sorted(settings.mask_ratios)[len(settings.mask_ratios) // 2]
         example_refs = [w.ref for w in self._example_windows(cohort)]
-        for ratio in settings.mask_ratios:
-
-            def draw(window: Window, ratio: float = ratio) -> BoolArray:
-                return random_mask(cohort, window.scored_P, ratio, settings.seed, window.ref)
-
+        for kind, ratio in product(settings.mask_kinds, settings.mask_ratios):
             windows = cohort.windows(settings.max_windows_per_recording)
             parcel_parts: dict[tuple[int, int], dict[str, FloatArray]] = {}
-            for centring, item in predict_windows(method, cohort, windows, draw, centrings, runtime.batch_size):
+            here = []
+            for centring, item in self._predict(method, cohort, windows, kind, ratio, centrings, runtime):
                 ref = item.window.ref
-                sums.setdefault((ref.index, ratio, centring), {})[ref.start] = window_sums(item)
-                if centring == "recording":
+                here.append((ref.index, ref.start, centring, window_sums(item)))
+                if centring == "recording" and kind == settings.mask_kinds[0]:
                     per_parcel = window_sums(item, axis=(1,))
                     parcel_parts[ref.index, ref.start] = {name: per_parcel[name] for name in ("n", "sse", "sst")}
                     if ratio == shown and ref in example_refs:
                         examples.append(item)
+            rows += _rows(cohort, kind, ratio, here)
             if parcel_parts:  # added up in the order of the split, whatever the batches were
                 ordered = [parcel_parts[key] for key in sorted(parcel_parts)]
                 by_parcel[ratio] = {name: np.sum([part[name] for part in ordered], axis=0) for name in ordered[0]}
-        rows = []
-        for (index, ratio, centring), parts in sorted(sums.items()):
-            ordered = [parts[start] for start in sorted(parts)]
-            if not any(part["n"] > 0 for part in ordered):  # all that was hidden is censored
-                continue
-            rows.append(
-                {
-                    **cohort.identifiers(index),
-                    "mask": "random",
-                    "mask_ratio": ratio,
-                    "centring": centring,
-                    "num_windows": len(ordered),
-                    **{name: float(sum(part[name] for part in ordered)) for name in SUMS},
-                }
-            )
         if not rows:
             raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
         parcels = pd.concat(
@@ -157,7 +167,39 @@ class Reconstruction:
             ignore_index=True,
         )
         examples.sort(key=lambda item: example_refs.index(item.window.ref))
-        return UnitOutput(table=pd.DataFrame(rows), parcels=parcels, examples=_example_arrays(examples, shown))
+        validation = self._validation(method, replace(cohort, split="val"), runtime) if spec.kind == "baseline" else []
+        return UnitOutput(
+            table=pd.DataFrame(rows),
+            validation=pd.DataFrame(validation) if validation else None,
+            parcels=parcels,
+            examples=_example_arrays(examples, shown),
+        )
+
+    def _predict(
+        self,
+        method: Method,
+        cohort: Cohort,
+        windows: Iterable[Window],
+        kind: MaskKind,
+        ratio: float,
+        centrings: Sequence[Centring],
+        runtime: Runtime,
+    ) -> Iterator[tuple[Centring, Scored]]:
+        def draw(window: Window) -> BoolArray:
+            return draw_mask(cohort, window.scored_P, kind, ratio, self.settings.seed, window.ref)
+
+        return predict_windows(method, cohort, windows, draw, centrings, runtime.batch_size)
+
+    def _validation(self, method: Method, cohort: Cohort, runtime: Runtime) -> list[dict[str, Any]]:
+        """Score a baseline on validation recordings, among which the reference is chosen."""
+        rows: list[dict[str, Any]] = []
+        for kind, ratio in product(self.settings.mask_kinds, self.settings.mask_ratios):
+            windows = cohort.windows(1, max_recordings=NUM_VALIDATION)
+            centrings = self.settings.centrings[:1]
+            found = self._predict(method, cohort, windows, kind, ratio, centrings, runtime)
+            parts = [(item.window.ref.index, item.window.ref.start, c, window_sums(item)) for c, item in found]
+            rows += _rows(cohort, kind, ratio, parts)
+        return rows
 
     def _example_windows(self, cohort: Cohort) -> list[Window]:
         wanted = self.settings.num_examples
@@ -165,6 +207,34 @@ class Reconstruction:
 
     def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
         return [(table, Grouping(conditions=("mask", "mask_ratio", "centring"), metrics=METRICS))]
+
+
+def _rows(
+    cohort: Cohort,
+    kind: MaskKind,
+    mask_ratio: float,
+    windows: Iterable[tuple[int, int, Centring, dict[str, Any]]],
+) -> list[dict[str, Any]]:
+    """Add up windows (recording, start, centring, sums) to one row a recording and centring, in a fixed order."""
+    parts: dict[tuple[int, Centring], dict[int, dict[str, Any]]] = {}
+    for index, start, centring, sums in windows:
+        parts.setdefault((index, centring), {})[start] = sums
+    rows = []
+    for (index, centring), of_recording in sorted(parts.items()):
+        ordered = [of_recording[start] for start in sorted(of_recording)]
+        if not any(part["n"] > 0 for part in ordered):  # all that was hidden is censored
+            continue
+        rows.append(
+            {
+                **cohort.identifiers(index),
+                "mask": kind,
+                "mask_ratio": mask_ratio,
+                "centring": centring,
+                "num_windows": len(ordered),
+                **{name: float(sum(part[name] for part in ordered)) for name in SUMS},
+            }
+        )
+    return rows
 
 
 def _example_arrays(items: list[Scored], mask_ratio: float) -> dict[str, Any]:

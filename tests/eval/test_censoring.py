@@ -15,6 +15,7 @@ from brainlm.dataset import Dataset
 from brainlm.errors import DataError
 from brainlm.testing import small_model, write_synthetic_dataset
 from eval.baselines.autoregressive import Autoregressive
+from eval.baselines.forecasters import ForecasterSettings
 from eval.baselines.gaussian import Gaussian, group_covariance, random_mask
 from eval.baselines.optimum import Optimum
 from eval.baselines.simple import Interpolation, Mean, Persistence
@@ -41,7 +42,13 @@ TASKS: dict[str, Callable[[], Task]] = {
     "reconstruction": lambda: Reconstruction(
         ReconstructionSettings(mask_ratios=(0.5,), shrinkages=(0.01, 0.3), own_weights=(0.1, 0.5))
     ),
-    "forecasting": lambda: Forecasting(ForecastingSettings(horizons=(10, 20), orders=(1, 2, 5))),
+    "forecasting": lambda: Forecasting(
+        ForecastingSettings(
+            horizons=(10, 20),
+            baselines=("mean", "persistence", "autoregression"),
+            forecasters=ForecasterSettings(orders=(1, 2, 5)),
+        )
+    ),
     "networks": lambda: Networks(NetworksSettings(num_masks=2)),
 }
 

@@ -30,6 +30,7 @@ from eval.models import Network
 from eval.results import read_scores
 from eval.run import main
 
+FORECASTING = "forecasting={{horizons: [{}], baselines: [mean, autoregression], forecasters: {{orders: [1]}}}}"
 FIXTURES = Path(__file__).parents[3] / "shared/fixtures/official"
 
 
@@ -46,7 +47,7 @@ def run(dataset: Dataset, checkpoint: Path | str, out: Path, *more: str) -> int:
             f"out={out}",
             "ray.workers=0",
             "reconstruction={mask_ratios: [0.5], shrinkages: [0.1], own_weights: []}",
-            "forecasting={horizons: [10], orders: [1]}",
+            FORECASTING.format(10),
             "networks={num_masks: 1, neighbours: [1], permuted_control: false}",
             "intervals={num_bootstrap: 20}",
             *more,
@@ -162,7 +163,11 @@ def test_a_published_model_of_image_patches_is_scored_on_forecasting_alone(
     )
     source = str(FIXTURES / "vitmae_p16_auto0.75")
     assert convert_main([source, str(tmp_path / "converted"), "--contract", dataset.store.url]) == 0
-    more = ("tasks=[reconstruction, forecasting]", "forecasting={horizons: [20], orders: [1]}", "report=false")
+    more = (
+        "tasks=[reconstruction, forecasting]",
+        FORECASTING.format(20),
+        "report=false",
+    )
     assert run(dataset, tmp_path / "converted", tmp_path / "out", *more) == 0
     assert "not scored on reconstruction" in capsys.readouterr().out
     scores = [s for s in read_scores(Store(tmp_path / "out")) if s.model == "BrainLM converted"]

@@ -56,10 +56,18 @@ def test_a_score_that_makes_no_sense_is_refused(change: dict[str, object]) -> No
 def test_unknown_and_missing_keys_are_refused_by_name(tmp_path: Path) -> None:
     store = Store(tmp_path)
     tree = SCORE.to_json()
-    store.write_json(FILE_NAME, [{**tree, "p_value": 0.01}])
-    with pytest.raises(DataError, match="p_value"):
+    store.write_json(FILE_NAME, [{**tree, "q_value": 0.01}])
+    with pytest.raises(DataError, match="q_value"):
         read_scores(store)
     del tree["metric"]
     store.write_json(FILE_NAME, [tree])
     with pytest.raises(DataError, match="metric"):
         read_scores(store)
+
+
+def test_records_from_before_there_were_p_values_are_read(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    tree = SCORE.to_json()
+    del tree["p_value"], tree["p_corrected"]
+    store.write_json(FILE_NAME, [tree])
+    assert read_scores(store) == [SCORE]

@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from numpy.typing import NDArray
 
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset
 from brainlm.store import Store
 from brainlm.testing import small_model, synthetic_atlas, write_synthetic_dataset
-from eval.models import newest_checkpoint
+from eval.baselines.simple import Mean
+from eval.cohort import WindowRef
+from eval.models import Predictions, newest_checkpoint
 from eval.results import Score, read_scores
 from eval.run import main
+from eval.scoring import expand_mask
+from eval.tasks.reconstruction import Reconstruction, ReconstructionSettings
 
 TRAINED_ON = "sub-train000"  # by the checkpoints of the fixture
 STEM = "reconstruction--gaussian--[0-9a-f]+"
@@ -31,7 +36,7 @@ def arguments(dataset: Dataset, training_run: Path, out: Path, *more: str) -> li
         "report=false",
         "ray.workers=0",
         "reconstruction={mask_ratios: [0.3, 0.75], shrinkages: [0.1], own_weights: [0.3]}",
-        "forecasting={horizons: [10], orders: [1, 2]}",
+        "forecasting={horizons: [10], baselines: [mean, persistence, autoregression], forecasters: {orders: [1, 2]}}",
         "networks={num_masks: 2, neighbours: [1, 5]}",
         "intervals={num_bootstrap: 200}",
         *more,
@@ -85,6 +90,67 @@ def test_differences_from_the_reference_are_given_and_paired(finished: Path) -> 
     key = ("r2", (("horizon", 10),))
     expected = found["forecasting", "mean", *key] - found["forecasting", "autoregression", *key]
     assert by_model["mean"].value == pytest.approx(expected)
+    for s in by_model.values():  # 5 subjects: no p value below 2 / 2**5
+        assert s.p_value is not None
+        assert s.p_corrected is not None
+        assert 2 / 2**5 <= s.p_value <= s.p_corrected <= 1
+
+
+def test_the_reference_is_what_is_best_on_validation(finished: Path) -> None:
+    task = Reconstruction(ReconstructionSettings(mask_ratios=(0.3, 0.75)))
+    mean_r2 = {}
+    for unit in json.loads((finished / "run.json").read_text())["units"]:
+        if unit["task"] == "reconstruction" and unit["kind"] == "baseline":
+            table = pd.read_parquet(finished / unit["file"].replace(".parquet", ".validation.parquet"))
+            assert table["recording"].nunique() == 4
+            by_ratio = table.groupby("mask_ratio")[["sse", "sst"]].sum()
+            mean_r2[unit["name"]] = (1 - by_ratio["sse"] / by_ratio["sst"]).mean()
+    best = max(mean_r2, key=lambda name: mean_r2[name])
+    references = {
+        s.condition["reference"]
+        for s in read_scores(Store(finished))
+        if s.task == task.name and s.metric == "r2_minus_reference"
+    }
+    assert len(mean_r2) == 5
+    assert references == {best}
+
+
+def test_other_kinds_of_masks_and_a_baseline_of_ones_own(
+    dataset: Dataset, training_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [
+        "tasks=[reconstruction]",
+        "reconstruction={mask_ratios: [0.5], mask_kinds: [random, parcels, time_blocks, future], "
+        "centrings: [recording], baselines: [mean, gaussian, 'tests.eval.test_run:GlobalMean']}",
+    ]
+    assert main(arguments(dataset, training_run, tmp_path, *more)) == 0
+    found = {(s.model, s.condition["mask"]): s.value for s in read_scores(Store(tmp_path)) if s.metric == "r2"}
+    kinds = ("random", "parcels", "time_blocks", "future")
+    assert set(found) == {
+        (model, kind)
+        for model in ("BrainLM pretrain", "untrained", "mean", "gaussian", "global mean", "optimum")
+        for kind in kinds
+    }
+    assert found["gaussian", "parcels"] > 0.2  # other parcels tell
+    for kind in ("time_blocks", "future"):  # nothing is visible at the same time
+        assert found["gaussian", kind] == pytest.approx(0, abs=0.02)
+        assert found["optimum", kind] > found["gaussian", kind]
+    assert found["global mean", "future"] == pytest.approx(found["mean", "future"])
+    assert "50% of time blocks hidden" in capsys.readouterr().out
+
+
+class GlobalMean(Mean):
+    """A baseline of one's own: what is hidden is as far from its mean as the visible parcels are on average."""
+
+    name, version = "global mean", 1
+
+    def reconstruct(
+        self, windows_z: NDArray[np.float32], mask: NDArray[np.bool_], present: NDArray[np.bool_], refs: list[WindowRef]
+    ) -> Predictions:
+        visible = ~expand_mask(mask, *windows_z.shape[1:]) & present[:, :, None]
+        distance = np.where(visible, windows_z - self.zero_z[:, None], 0.0).sum(1) / np.maximum(visible.sum(1), 1)
+        out: Predictions = distance[:, None, :] + self.zero_z[:, None]
+        return out
 
 
 def test_a_second_run_computes_nothing_and_gives_the_same_scores(
