@@ -26,6 +26,7 @@ from eval.models import MethodSpec
 from eval.results import Score, StatisticsFrom
 
 FOLDER = "subjects"
+Parts = dict[tuple[int, tuple[Any, ...]], dict[str, pd.DataFrame]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,15 +175,21 @@ def unit_sums(frame: pd.DataFrame, unit: str) -> pd.DataFrame:
     return frame.groupby(unit, sort=False)[list(numeric)].sum()
 
 
-def make_scores(task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext) -> list[Score]:
-    """Turn the tables of all methods of one task into scores with intervals.
+def split_outputs(
+    task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]]
+) -> tuple[Parts, dict[int, Grouping], dict[tuple[int, tuple[Any, ...], str], tuple[int, int]]]:
+    """Divide the tables of all methods of one task by grouping and condition.
 
-    Every method is also compared with the task's reference baseline under the same condition: metric
-    ``<first metric>_minus_reference``, paired by resampled unit.
+    Returns
+    -------
+    parts : dict
+        Sums per resampled unit, by number of the grouping and values of its conditions, then by method.
+    groupings : dict
+        By number.
+    counted : dict
+        Numbers of subjects and recordings, by number of the grouping, values of its conditions, and method.
     """
-    scores: list[Score] = []
-    parts: dict[tuple[int, tuple[Any, ...]], dict[str, pd.DataFrame]] = {}
-    specs = {spec.name: spec for spec, _ in outputs}
+    parts: Parts = {}
     groupings: dict[int, Grouping] = {}
     counted: dict[tuple[int, tuple[Any, ...], str], tuple[int, int]] = {}
     for spec, output in outputs:
@@ -193,9 +200,26 @@ def make_scores(task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], co
                 sums = unit_sums(rows.drop(columns=list(grouping.conditions)), grouping.unit)
                 parts.setdefault((number, values), {})[spec.name] = sums
                 counted[number, values, spec.name] = _num_distinct(rows)
+    return parts, groupings, counted
+
+
+def condition_of(grouping: Grouping, values: Sequence[Any]) -> dict[str, str | int | float]:
+    """Return the condition of a score by name; what a method does not have ("") is left out."""
+    return {name: _plain(value) for name, value in zip(grouping.conditions, values) if value != ""}
+
+
+def make_scores(task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext) -> list[Score]:
+    """Turn the tables of all methods of one task into scores with intervals.
+
+    Every method is also compared with the task's reference baseline under the same condition: metric
+    ``<first metric>_minus_reference``, paired by resampled unit.
+    """
+    scores: list[Score] = []
+    specs = {spec.name: spec for spec, _ in outputs}
+    parts, groupings, counted = split_outputs(task, outputs)
     for (number, values), by_method in parts.items():
         grouping = groupings[number]
-        condition = {name: _plain(value) for name, value in zip(grouping.conditions, values) if value != ""}
+        condition = condition_of(grouping, values)
         bare = tuple("" if c in grouping.not_in_reference else v for c, v in zip(grouping.conditions, values))
         reference = parts.get((number, bare), {}).get(task.reference())
         for name, unit_frame in by_method.items():
