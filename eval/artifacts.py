@@ -76,7 +76,7 @@ def write_forecast_curves(store: Store, outputs: Outputs, intervals: IntervalsSe
         low, high = bootstrap_interval(
             sums, r2, bootstrap_counts(len(frame), intervals.num_bootstrap, intervals.seed), intervals.level
         )
-        row = {"model": model, "horizon": horizon, "step": step, "r2": metric_value(sums, r2)}
+        row: dict[str, Any] = {"model": model, "horizon": horizon, "step": step, "r2": metric_value(sums, r2)}
         row |= {"ci_low": low, "ci_high": high, "reference": reference}
         row |= {"difference": np.nan, "p_value": np.nan, "p_corrected": np.nan}
         base = steps.get((reference, horizon, step))

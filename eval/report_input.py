@@ -144,11 +144,6 @@ def read_results(results_folder: str) -> Results:
         If there is no ``results.json``, or it holds no score.
     """
     store = Store(results_folder)
-    if not store.exists(FILE_NAME):
-        raise DataError(
-            f"{results_folder} holds no {FILE_NAME}: run python eval/run.py --config eval/configs/<name>.yaml "
-            f"out={results_folder} first"
-        )
     everything = [_clean(score) for score in read_scores(store)]
     if not everything:
         raise DataError(f"{store.url_of(FILE_NAME)} holds no score: run eval/run.py with at least one task")

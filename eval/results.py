@@ -96,10 +96,15 @@ def read_scores(store: Store) -> list[Score]:
     Raises
     ------
     DataError
-        Naming the first bad record.
+        If there is no such file; or naming the first bad record.
     """
     from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+    if not store.exists(FILE_NAME):
+        raise DataError(
+            f"{store.url} holds no {FILE_NAME}: run python eval/run.py --config eval/configs/<name>.yaml "
+            f"out={store.url} first"
+        )
     tree = store.read_json(FILE_NAME)
     if not isinstance(tree, list):
         raise DataError(f"{store.url_of(FILE_NAME)}: expected a list of records, found {type(tree).__name__}")
