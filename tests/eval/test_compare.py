@@ -36,7 +36,7 @@ def run(dataset: Dataset, checkpoint: Path, out: Path, *more: str) -> Path:
         "report=false",
         "ray.workers=0",
         "reconstruction={mask_ratios: [0.3], shrinkages: [0.1], own_weights: [], noises: []}",
-        "forecasting={horizons: [10], orders: [1, 2]}",
+        "forecasting={horizons: [10], baselines: [mean, persistence, autoregression], forecasters: {orders: [1, 2]}}",
         "networks={num_masks: 1, neighbours: [1], fold_kinds: [random]}",
         "intervals={num_bootstrap: 50}",  # of the evaluation; a comparison has its own
         *more,
