@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.figures import minus
 from eval.report_input import (
     FOLD_PHRASES,
@@ -203,9 +204,11 @@ def _forecasting_claim(results: Results, model: str) -> Claim | None:
             found, sentence = _sentence(results, ours, best, "Strongest baseline")
             verdict = verdict or found
             parts.append(sentence)
-        optimum = strongest(among(here, "optimum"))
+        optima = among(here, "optimum")
+        optimum = of_model(optima, MEAN_UNKNOWN) or strongest(optima)
         if optimum is not None:
-            parts.append(f"Exact optimum (Kalman): {number(optimum)}.")
+            label = results.labels[optimum.model]
+            parts.append(f"{label[0].upper()}{label[1:]}: {number(optimum)}.")
         told.append(" ".join(parts))
     if not told:
         return None

@@ -55,7 +55,7 @@ class Results:
         labels = {}
         for model, kind in kinds.items():
             if kind == "optimum":
-                labels[model] = "exact optimum (Kalman)"
+                labels[model] = "exact optimum (Kalman)" + model.removeprefix("optimum")
             elif kind == "untrained" and len(untrained) == 1:
                 labels[model] = "untrained network"
             else:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from brainlm.dataset import Dataset
 from brainlm.errors import DataError
-from brainlm.state_space import TRUTH_FILE, SimulatedTruth, load_truth
+from brainlm.state_space import TRUTH_FILE, LinearStateSpace, SimulatedTruth, load_truth
 from eval.baselines.simple import Baseline
 from eval.cohort import BoolArray, FloatArray, WindowRef
 from eval.models import Predictions
 from eval.scoring import expand_mask
+
+MEAN_UNKNOWN = "optimum, mean unknown"
+OFFSET_VARIANCE = 4.0  # of the unknown mean, in units of the parcel's variance without noise: wide
+OFFSET_KEEPS = 1 - 1e-9  # per timepoint: a constant, to a system that must be stable
 
 
 def read_truth(dataset: Dataset) -> SimulatedTruth | None:
@@ -34,21 +39,45 @@ def why_no_optimum(dataset: Dataset, truth: SimulatedTruth | None) -> str:
     return ""
 
 
+class _MeanUnknown(SimulatedTruth):
+    """A truth whose systems have an unknown constant in each parcel, among their states."""
+
+    def system(self, recording_id: str) -> tuple[LinearStateSpace, FloatArray | None]:
+        known, inputs = super().system(recording_id)
+        P = known.num_parcels
+        offset_var = OFFSET_VARIANCE * np.diag(known.loading @ known.stationary_cov @ known.loading.T).clip(min=1e-12)
+        system = LinearStateSpace(
+            transition=block_diag(known.transition, OFFSET_KEEPS * np.eye(P)),
+            process_cov=block_diag(known.process_cov, (1 - OFFSET_KEEPS**2) * np.diag(offset_var)),
+            loading=np.concatenate([known.loading, np.eye(P)], axis=1),
+            noise_var=known.noise_var,
+        )
+        return system, None if inputs is None else np.pad(inputs, ((0, 0), (0, P)))
+
+
 class Optimum(Baseline):
     """Exact Kalman smoother of each recording's own system, given the measurements of this window alone.
 
+    Parameters
+    ----------
+    mean_known : bool
+        False: the mean of each parcel is unknown and estimated along with the state, from what is visible. That is the
+        best for methods which are given series that were centred on a part of themselves.
+
+    Notes
+    -----
     The truth is relative to the process's mean, the series are centred on the recording's: the difference is part of
     neither the model nor the score, and makes this bound very slightly lower than the exact one.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, mean_known: bool = True) -> None:
         super().__init__(dataset.contract)
         truth = read_truth(dataset)
         if truth is None or (reason := why_no_optimum(dataset, truth)):
             raise DataError(
                 f"{dataset.name}: the optimal predictor is not known ({reason if truth else 'not simulated'})"
             )
-        self.truth = truth
+        self.truth = truth if mean_known else _MeanUnknown(facts=truth.facts, arrays=truth.arrays)
 
     def reconstruct(
         self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, refs: list[WindowRef]

@@ -12,7 +12,7 @@ import pandas as pd
 from brainlm.config import Section, to_tree
 from brainlm.errors import ConfigError, DataError
 from eval.baselines.forecasters import FAST, ForecasterSettings, check_names, forecaster_spec, make_forecaster
-from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
+from eval.baselines.optimum import MEAN_UNKNOWN, Optimum, read_truth, why_no_optimum
 from eval.cohort import BoolArray, Cohort, Window
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION
@@ -44,9 +44,9 @@ class ForecastingSettings(Section):
 class Forecasting:
     """Observe the beginning of a window and predict its last timepoints.
 
-    Nothing of the future is used: each parcel is centred on the mean of its observed part. Only the optimum is given
-    series centred on the whole recording, because the planted process has a known mean. Censored timepoints are not
-    scored.
+    Nothing of the future is used: each parcel is centred on the mean of its observed part. Only `optimum` is given
+    series centred on the whole recording, because the planted process has a known mean; `optimum, mean unknown` is
+    given what all others are given. Censored timepoints are not scored.
     """
 
     name = "forecasting"
@@ -78,6 +78,7 @@ class Forecasting:
         if not why_no_optimum(cohort.dataset, read_truth(cohort.dataset)):
             notes = ("knows the mean of the whole recording",)
             specs.append(MethodSpec(name="optimum", kind="optimum", model_hash="optimum v1", notes=notes))
+            specs.append(MethodSpec(name=MEAN_UNKNOWN, kind="optimum", model_hash=f"{MEAN_UNKNOWN} v1"))
         return specs
 
     def controls(self, spec: MethodSpec) -> list[MethodSpec]:
@@ -87,12 +88,12 @@ class Forecasting:
         contract = cohort.dataset.contract
         if spec.checkpoint:
             return load_network(spec, runtime.untrained_seed, runtime.device)
-        if spec.name == "optimum":
-            return Optimum(cohort.dataset)
+        if spec.kind == "optimum":
+            return Optimum(cohort.dataset, mean_known=spec.name != MEAN_UNKNOWN)
         return make_forecaster(spec, contract, horizon, self.settings.forecasters)
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
-        centring: Centring = "recording" if spec.kind == "optimum" else "visible"
+        centring: Centring = "recording" if spec.name == "optimum" else "visible"
         rows: list[dict[str, Any]] = []
         validation: list[dict[str, Any]] = []
         for horizon in self.settings.horizons:

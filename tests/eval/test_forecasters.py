@@ -16,6 +16,7 @@ from brainlm.testing import write_synthetic_dataset
 from eval.baselines.dlinear import KERNEL, Maps
 from eval.baselines.forecast_windows import ForecastWindows, standardise
 from eval.baselines.forecasters import MAKERS, ForecasterSettings, forecaster_spec
+from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.baselines.ridge_var import fit_var, lagged_covariances
 from eval.cohort import Cohort
 from eval.models import MethodSpec
@@ -70,14 +71,14 @@ def found(cohort: Cohort) -> dict[str, float]:
 def test_trained_forecasters_are_no_worse_than_the_mean(found: dict[str, float], name: str) -> None:
     """They begin as the mean, and what is worse on validation is not kept: other subjects leave a little room."""
     assert found[name] > found["mean"] - 0.01
-    assert found[name] < found["optimum"] + 0.01
 
 
 def test_a_linear_one_that_sees_all_parcels_comes_near_the_optimum(found: dict[str, float]) -> None:
-    """The optimum knows the mean of the process; the others know that of 90 timepoints, which costs `mean` as much."""
-    assert found["optimum"] > 0.1
+    """Not that of one who knows the mean of the process: forecasters know that of 90 timepoints."""
+    assert found["optimum"] > found[MEAN_UNKNOWN] + 0.02
+    assert found[MEAN_UNKNOWN] > max(value for name, value in found.items() if "optimum" not in name)
     assert found["ridge VAR"] > found["autoregression"] + 0.01
-    assert found["ridge VAR"] > found["optimum"] - 0.07
+    assert found["ridge VAR"] > found[MEAN_UNKNOWN] - 0.02
 
 
 @pytest.mark.parametrize("name", TRAINED)

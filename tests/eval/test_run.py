@@ -158,7 +158,7 @@ def test_a_second_run_computes_nothing_and_gives_the_same_scores(
 ) -> None:
     before = (finished / "results.json").read_bytes()
     assert main(arguments(dataset, training_run, finished)) == 0
-    assert "22 units of work, 22 done before" in capsys.readouterr().out
+    assert "23 units of work, 23 done before" in capsys.readouterr().out
     assert (finished / "results.json").read_bytes() == before
 
 
@@ -168,7 +168,7 @@ def test_a_changed_setting_computes_its_own_task_again_and_no_other(
     assert main([*arguments(dataset, training_run, finished), "forecasting.horizons=[20]", "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     to_do = [line for line in lines if line.startswith("  to do")]
-    assert len(to_do) == 6
+    assert len(to_do) == 7
     assert all("forecasting" in line for line in to_do)
     assert main([*arguments(dataset, training_run, finished), "intervals.level=0.9", "--dry-run"]) == 0
     assert "to do" not in capsys.readouterr().out
@@ -282,7 +282,7 @@ def test_a_failing_unit_lets_the_others_finish_and_is_reported(
     assert "the disk is on fire" in capsys.readouterr().err
     assert "persistence" not in {s.model for s in read_scores(Store(tmp_path))}
     assert main(args) == 0
-    assert "6 units of work, 5 done before" in capsys.readouterr().out
+    assert "7 units of work, 6 done before" in capsys.readouterr().out
 
 
 def test_one_subject_is_scored_without_interval(training_run: Path, tmp_path: Path) -> None:
