@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from brainlm.store import Store
 from eval.cohort import BoolArray, Cohort, WindowRef
 from eval.results import ModelKind
 
+ScaledBy = Literal["checkpoint", "dataset"]
 Predictions = NDArray[np.float32] | NDArray[np.float64]
 
 
@@ -27,7 +28,8 @@ class MethodSpec:
     """A method by name: small and plain, so that it can be sent to a worker.
 
     ``model_hash`` identifies weights or, for a baseline, its edition; ``checkpoint`` is the folder of a network,
-    ``variant`` what is done to its input, and ``input_hash`` identifies its input contract.
+    ``variant`` what is done to its input, ``input_hash`` identifies its input contract, and ``scaled_by`` says whose
+    median and IQR scale what it is fed.
     """
 
     name: str
@@ -36,6 +38,7 @@ class MethodSpec:
     checkpoint: str = ""
     variant: str = ""
     input_hash: str = ""
+    scaled_by: ScaledBy = "checkpoint"
     notes: tuple[str, ...] = ()
 
 
@@ -140,9 +143,19 @@ class Network:
         return out
 
 
-def load_network(spec: MethodSpec, untrained_seed: int, device: str = "cpu") -> Network:
-    """Load a checkpoint, or a network like it with fresh weights, as `spec.kind` says."""
+def load_network(spec: MethodSpec, untrained_seed: int, device: str, dataset: InputContract) -> Network:
+    """Load a checkpoint, or a network like it with fresh weights, as `spec.kind` says.
+
+    Parameters
+    ----------
+    dataset : InputContract
+        Of the data that are scored: its median and IQR are used where `spec.scaled_by` says so.
+    """
     model = open_model(spec.checkpoint)
+    if spec.scaled_by == "dataset":
+        model.contract = replace(
+            model.contract, median=dataset.median, iqr=dataset.iqr, statistics_from=dataset.statistics_from
+        )
     if spec.kind == "untrained":
         model = type(model).untrained_like(model, untrained_seed)
     return Network(model, device)

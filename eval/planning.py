@@ -11,6 +11,7 @@ import numpy as np
 from brainlm.config import config_hash
 from brainlm.dataset import Dataset, open_dataset
 from brainlm.errors import ConfigError, DataError
+from brainlm.input_contract import InputContract
 from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
@@ -132,11 +133,15 @@ def make_plan(settings: EvalSettings) -> Plan:
             input_hash=input_hash,
             notes=notes,
         )
-        network_specs.append(trained)
+        specs = [trained]
         if settings.include_untrained:
             identity = config_hash({"untrained": info.config, "seed": settings.untrained_seed})
             name = "untrained" if len(infos) == 1 else f"untrained ({info.name})"
-            network_specs.append(replace(trained, name=name, kind="untrained", model_hash=identity))
+            specs.append(replace(trained, name=name, kind="untrained", model_hash=identity))
+        if "checkpoint" in settings.scaled_by:
+            network_specs += specs
+        if "dataset" in settings.scaled_by:
+            network_specs += [scaled_by_dataset(spec, contract) for spec in specs]
     plan = Plan(
         settings=settings,
         usable=tuple(bool(v) for v in usable),
@@ -178,6 +183,19 @@ def make_plan(settings: EvalSettings) -> Plan:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
         raise DataError(f"{settings.dataset}: no task can be run ({reasons})")
     return replace(plan, units=tuple(units), skipped=tuple(skipped), warnings=tuple(warnings))
+
+
+def scaled_by_dataset(spec: MethodSpec, contract: InputContract) -> MethodSpec:
+    """Return the same network, fed what the data set's own median and IQR scale."""
+    note = "fed series scaled by the statistics of the data set, not by those that it was trained with"
+    statistics = hashlib.sha256(contract.median.tobytes() + contract.iqr.tobytes()).hexdigest()
+    return replace(
+        spec,
+        name=f"{spec.name}, scaled by the data set",
+        scaled_by="dataset",
+        input_hash=f"{spec.input_hash} {statistics}",
+        notes=(*spec.notes, note),
+    )
 
 
 def unit_key(task: Task, spec: MethodSpec, plan: Plan) -> str:

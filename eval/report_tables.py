@@ -38,7 +38,8 @@ METRICS = {
     "r2": MetricText(
         name="R²",
         definition="R² = 1 − ΣSSE / ΣSST over all scored values, each in units of its own recording's and parcel's "
-        "standard deviation; SST is about the recording-and-parcel mean, so a constant guess scores 0. Never clipped.",
+        "standard deviation; SST is about the recording-and-parcel mean, so that guessing this mean scores 0. Never "
+        "clipped.",
     ),
     "r2_pooled_contract_units": MetricText(
         name="R², pooled (the paper's definition)",

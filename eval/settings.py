@@ -8,6 +8,7 @@ from typing import Literal
 from brainlm.config import Section
 from brainlm.dataset import Split
 from brainlm.errors import ConfigError
+from eval.models import ScaledBy
 from eval.tasks.forecasting import ForecastingSettings
 from eval.tasks.networks import NetworksSettings
 from eval.tasks.reconstruction import ReconstructionSettings
@@ -57,6 +58,8 @@ class EvalSettings(Section):
     """Checkpoint folders, or training-run folders (their newest complete checkpoint is taken)."""
     split: Split = "test"
     tasks: tuple[TaskName, ...] = ("reconstruction", "forecasting", "networks")
+    scaled_by: tuple[ScaledBy, ...] = ("checkpoint",)
+    """Whose median and IQR scale what a checkpoint is fed: its own, those of the data set, or each once."""
     include_untrained: bool = True
     untrained_seed: int = 0
     allow_seen_subjects: bool = False
@@ -78,5 +81,7 @@ class EvalSettings(Section):
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError("tasks: name at least one task, each once")
+        if not self.scaled_by or len(set(self.scaled_by)) != len(self.scaled_by):
+            raise ConfigError("scaled_by: name checkpoint, dataset or both, each once")
         if self.batch_size < 1 or self.threads < 1:
             raise ConfigError("batch_size and threads must be at least 1")

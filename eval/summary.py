@@ -8,8 +8,8 @@ from eval.results import Score
 
 HEADLINE = {"reconstruction": "r2", "forecasting": "r2", "networks": "accuracy"}
 MEANING = {
-    "reconstruction": "R2 of hidden values (units: SD of recording and parcel); a constant guess scores 0",
-    "forecasting": "R2 of the predicted end of each window; a constant guess scores 0",
+    "reconstruction": "R2 of hidden values (units: SD of recording and parcel); the recording's mean scores 0",
+    "forecasting": "R2 of the predicted end of each window; the recording's mean scores 0",
     "networks": "fraction of parcels put into the right network",
 }
 BLOCK = {"reconstruction": "centring", "networks": "level"}

@@ -268,7 +268,7 @@ def _common(task: Task, spec: MethodSpec, sums: Sums, context: ScoreContext) -> 
         notes += ("subjects of one family are resampled together",)
     if num_units < 2:
         notes += ("nothing to resample: no interval",)
-    statistics_from: StatisticsFrom = "checkpoint" if spec.checkpoint else "cohort"
+    statistics_from: StatisticsFrom = "checkpoint" if spec.checkpoint and spec.scaled_by == "checkpoint" else "cohort"
     return {
         "task": task.name,
         "version": task.version,

@@ -87,7 +87,7 @@ class Forecasting:
     def method(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime, horizon: int) -> Method:
         contract = cohort.dataset.contract
         if spec.checkpoint:
-            return load_network(spec, runtime.untrained_seed, runtime.device)
+            return load_network(spec, runtime.untrained_seed, runtime.device, cohort.dataset.contract)
         if spec.kind == "optimum":
             return Optimum(cohort.dataset, mean_known=spec.name != MEAN_UNKNOWN)
         return make_forecaster(spec, contract, horizon, self.settings.forecasters)

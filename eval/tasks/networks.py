@@ -113,7 +113,11 @@ class Networks:
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         parcels = self.labelled(cohort)
-        network = load_network(spec, runtime.untrained_seed, runtime.device) if spec.checkpoint else None
+        network = (
+            load_network(spec, runtime.untrained_seed, runtime.device, cohort.dataset.contract)
+            if spec.checkpoint
+            else None
+        )
         rows: list[dict[str, Any]] = []
         group: dict[str, tuple[FloatArray, FloatArray]] = {}
         subjects = set()

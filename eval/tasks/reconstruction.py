@@ -117,7 +117,7 @@ class Reconstruction:
     def method(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> Method:
         settings, contract = self.settings, cohort.dataset.contract
         if spec.checkpoint:
-            return load_network(spec, runtime.untrained_seed, runtime.device)
+            return load_network(spec, runtime.untrained_seed, runtime.device, cohort.dataset.contract)
         if spec.variant:
             method: Method = external_class(spec.variant)(contract)
             return method

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset
+from brainlm.model import BrainLM
 from brainlm.store import Store
 from brainlm.testing import small_model, synthetic_atlas, write_synthetic_dataset
 from eval.baselines.simple import Mean
@@ -390,3 +391,31 @@ def test_scores_of_the_split_that_baselines_were_tuned_on_say_so(
     note = "data: baselines were tuned on the recordings that are scored here"
     assert all(note in score.notes for score in read_scores(Store(tmp_path)))
     assert not any(note in score.notes for score in read_scores(Store(finished)))
+
+
+def test_a_checkpoint_of_another_cohort_is_scaled_by_either_statistics(dataset: Dataset, tmp_path: Path) -> None:
+    """Scaled by the data set, a checkpoint of a louder cohort scores as one with the data set's own statistics."""
+    own = dataset.contract
+    louder = replace(own, median=2 * own.median, iqr=2 * own.iqr, statistics_from="louder people")
+    for name, contract in (("same", own), ("louder", louder)):
+        model = BrainLM(small_model(own, seed=3).config, contract)
+        model.load_state_dict(small_model(own, seed=3).state_dict())
+        save_checkpoint(str(tmp_path / name), model, {"step": 1}, [TRAINED_ON])
+    more = ["tasks=[reconstruction]", "reconstruction={mask_ratios: [0.5], baselines: [mean]}"]
+    assert main(arguments(dataset, tmp_path / "same", tmp_path / "a", *more)) == 0
+    assert main(arguments(dataset, tmp_path / "louder", tmp_path / "b", *more, "scaled_by=[checkpoint, dataset]")) == 0
+    (same,) = (value for key, value in values(tmp_path / "a").items() if key[:3] == KEY and key[3] == CONDITION)
+    found = {
+        s.model: s for s in read_scores(Store(tmp_path / "b")) if s.metric == "r2" and s.condition == dict(CONDITION)
+    }
+    by_dataset = found["BrainLM louder, scaled by the data set"]
+    assert by_dataset.value == same
+    assert by_dataset.statistics_from == "cohort"
+    assert any("scaled by the statistics of the data set" in note for note in by_dataset.notes)
+    assert found["BrainLM louder"].value != same
+    assert found["BrainLM louder"].statistics_from == "checkpoint"
+    assert any("amplitude" in note for note in found["BrainLM louder"].notes)
+
+
+KEY = ("reconstruction", "BrainLM same", "r2")
+CONDITION = (("centring", "recording"), ("mask", "random"), ("mask_ratio", 0.5))
