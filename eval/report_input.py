@@ -131,7 +131,8 @@ class Results:
             else:  # a colour that no other baseline of the same task has
                 taken = [looks[m].colour for m in looks if kinds[m] == "baseline" and tasks[m] & tasks[model]]
                 colour = min(figures.BASELINE_COLOURS, key=taken.count)
-                looks[model] = Look(label=label, colour=colour)
+                again = taken.count(colour)  # then told apart by marker and line
+                looks[model] = Look(label=label, colour=colour, marker="oPvX"[min(again, 3)], dashed=again % 2 == 1)
         return looks
 
 
