@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
-from eval.planning import Plan, make_task, unit_for_worker
+from eval.planning import Plan, make_tasks, unit_for_worker
 from eval.task import Runtime, Unit, write_output
 
 
@@ -33,7 +33,7 @@ def compute_unit(plan: Plan, unit: Unit) -> UnitReport:
         runtime = Runtime(
             batch_size=settings.batch_size, device=settings.device, untrained_seed=settings.untrained_seed
         )
-        output = make_task(unit.task, settings).compute(unit.spec, plan.cohort(), runtime)
+        output = make_tasks(settings)[unit.task].compute(unit.spec, plan.cohort(), runtime)
         write_output(Store(settings.out), unit, output)
     except Exception:
         return UnitReport(unit, time.perf_counter() - start, traceback.format_exc())

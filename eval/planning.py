@@ -14,6 +14,7 @@ from brainlm.errors import ConfigError, DataError
 from brainlm.input_contract import InputContract
 from brainlm.store import Store
 from eval.cohort import Cohort
+from eval.external import external_class, is_external
 from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
 from eval.reference import AUTO
 from eval.settings import EvalSettings
@@ -23,7 +24,25 @@ from eval.tasks.networks import Networks
 from eval.tasks.reconstruction import Reconstruction
 
 
+def make_tasks(settings: EvalSettings) -> dict[str, Task]:
+    """Make the tasks that the settings ask for, by their names.
+
+    Raises
+    ------
+    ConfigError
+        If one of the user's own cannot be imported, or two have the same name.
+    """
+    tasks = [make_task(name, settings) for name in settings.tasks]
+    by_name = {task.name: task for task in tasks}
+    if len(by_name) < len(tasks):
+        raise ConfigError(f"tasks: two have the same name, {', '.join(task.name for task in tasks)}")
+    return by_name
+
+
 def make_task(name: str, settings: EvalSettings) -> Task:
+    if is_external(name):
+        task: Task = external_class(name)()
+        return task
     if name == "reconstruction":
         return Reconstruction(settings.reconstruction)
     if name == "forecasting":
@@ -157,8 +176,7 @@ def make_plan(settings: EvalSettings) -> Plan:
             f"{short} of {len(entries)} {settings.split} recordings are shorter than a window and not scored"
         )
     units, skipped = [], []
-    for name in settings.tasks:
-        task = make_task(name, settings)
+    for name, task in make_tasks(settings).items():
         reason = task.why_not(cohort)
         if reason:
             skipped.append((name, reason))

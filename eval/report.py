@@ -21,6 +21,7 @@ from eval.report_examples import examples_section
 from eval.report_forecasting import forecasting_section
 from eval.report_input import listed, read_results
 from eval.report_networks import networks_section
+from eval.report_own_tasks import own_section, own_tasks
 from eval.report_page import Artist
 from eval.report_provenance import provenance
 from eval.report_reconstruction import reconstruction_section
@@ -61,6 +62,7 @@ def write_report(results_folder: str) -> None:
                 networks_section,
             )
         ]
+        sections += [own_section(results, task) for task in own_tasks(results)]
     environment = jinja2.Environment(
         autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
     )

@@ -57,7 +57,9 @@ def reconstruction_section(results: Results, artist: Artist) -> Section:
                 "" if kind == "random" else f"hidden: {kind}",
                 other_conditions(group, "centring", "mask"),
             ]
-            is_plain = metric in ("r2", "r2_pooled_contract_units") and centring in ("recording", "")
+            is_plain = (
+                metric in ("r2", "r2_pooled_contract_units") and centring in ("recording", "") and kind == "random"
+            )
             table = make_table(
                 results,
                 here,
@@ -76,7 +78,7 @@ def reconstruction_section(results: Results, artist: Artist) -> Section:
                 ),
                 higher_is_better=text.higher_is_better,
                 mark_best="_minus_reference" not in metric,
-                paper={"BrainLM, paper (UK Biobank)": PAPER_RECONSTRUCTION} if is_plain and kind == "random" else None,
+                paper={"BrainLM, paper (UK Biobank)": PAPER_RECONSTRUCTION} if is_plain else None,
             )
             first = metric == "r2" or (metric == "r2_pooled_contract_units" and group == base)
             (section.tables if first else section.more_tables).append(table)

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
 
@@ -17,7 +17,7 @@ from brainlm.store import Store
 from eval.models import MethodSpec
 from eval.planning import make_task
 from eval.results import FILE_NAME, ConditionValue, Score, read_scores
-from eval.settings import EvalSettings, TaskName
+from eval.settings import TASKS, EvalSettings
 from eval.task import FOLDER, Grouping, UnitOutput, sums_by_condition
 
 RUN = "run.json"
@@ -72,7 +72,7 @@ class ResultsFolder:
         """
         if not self.run:
             return f"{self.store.url_of(RUN)} is not there, which says where the sums are"
-        if score.task not in get_args(TaskName):
+        if score.task not in TASKS:
             return f"the task {score.task} is not known to this version"
         tables = self._tables(score.task)
         condition = {name: value for name, value in score.condition.items() if name != "reference"}

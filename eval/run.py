@@ -19,7 +19,7 @@ from brainlm.errors import BrainLMError
 from brainlm.store import Store
 from eval.artifacts import command_line, write_examples, write_forecast_curves, write_parcels, write_run
 from eval.fan_out import run_units
-from eval.planning import Plan, make_plan, make_task
+from eval.planning import Plan, make_plan, make_tasks
 from eval.reference import choose_reference
 from eval.results import Score, write_scores
 from eval.settings import EvalSettings
@@ -94,11 +94,10 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
         notes=data_notes(plan),
     )
     scores: list[Score] = []
-    for name in settings.tasks:
+    for name, task in make_tasks(settings).items():
         outputs = [(unit.spec, read_output(store, unit)) for unit in done if unit.task == name]
         if not outputs:
             continue
-        task = make_task(name, settings)
         reference = choose_reference(task, outputs)
         scores += make_scores(task, outputs, context, reference)
         if name == "reconstruction":

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from brainlm.config import Section
 from brainlm.dataset import Split
 from brainlm.errors import ConfigError
+from eval.external import is_external
 from eval.models import ScaledBy
 from eval.tasks.forecasting import ForecastingSettings
 from eval.tasks.networks import NetworksSettings
 from eval.tasks.reconstruction import ReconstructionSettings
 
-TaskName = Literal["reconstruction", "forecasting", "networks"]
+TASKS = ("reconstruction", "forecasting", "networks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +57,8 @@ class EvalSettings(Section):
     checkpoints: tuple[str, ...] = ()
     """Checkpoint folders, or training-run folders (their newest complete checkpoint is taken)."""
     split: Split = "test"
-    tasks: tuple[TaskName, ...] = ("reconstruction", "forecasting", "networks")
+    tasks: tuple[str, ...] = TASKS
+    """By name, or ``package.module:Class`` of your own."""
     scaled_by: tuple[ScaledBy, ...] = ("checkpoint",)
     """Whose median and IQR scale what a checkpoint is fed: its own, those of the data set, or each once."""
     include_untrained: bool = True
@@ -81,6 +82,11 @@ class EvalSettings(Section):
     def __post_init__(self) -> None:
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError("tasks: name at least one task, each once")
+        unknown = [name for name in self.tasks if name not in TASKS and not is_external(name)]
+        if unknown:
+            raise ConfigError(
+                f"tasks: expected some of {', '.join(TASKS)}, or package.module:Class, found {', '.join(unknown)}"
+            )
         if not self.scaled_by or len(set(self.scaled_by)) != len(self.scaled_by):
             raise ConfigError("scaled_by: name checkpoint, dataset or both, each once")
         if self.batch_size < 1 or self.threads < 1:

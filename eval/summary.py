@@ -26,11 +26,13 @@ SILENT = ("mask",)
 def summary(scores: Sequence[Score], level: float) -> str:
     """Return one table a task: models down, conditions across, each cell a value and its interval."""
     blocks = []
-    for task, metric in HEADLINE.items():
+    own = {score.task: score.metric for score in reversed(scores) if score.task not in HEADLINE}  # its first metric
+    for task, metric in (HEADLINE | own).items():
         chosen = [score for score in scores if score.task == task and score.metric == metric]
         if not chosen:
             continue
-        lines = [f"{task}: {MEANING[task]}; {chosen[0].num_subjects} subjects, {level:.0%} intervals"]
+        meaning = MEANING.get(task, metric)
+        lines = [f"{task}: {meaning}; {chosen[0].num_subjects} subjects, {level:.0%} intervals"]
         by = BLOCK.get(task, "")
         for value in dict.fromkeys(score.condition.get(by, "") for score in chosen):
             if value:

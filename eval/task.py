@@ -69,22 +69,25 @@ class Grouping:
 
 
 class Task(Protocol):
-    """One benchmark."""
+    """One benchmark. What is not said below has a default that fits a simple one."""
 
     name: str
     version: int
 
     def hashed_settings(self) -> dict[str, Any]:
         """Return all settings that change the numbers."""
+        return {}
 
     def why_not(self, cohort: Cohort) -> str:
         """Say what the data set lacks for this task, "" if nothing."""
+        return ""
 
     def baselines(self, cohort: Cohort) -> list[MethodSpec]:
         """List the methods that need no checkpoint."""
 
     def controls(self, spec: MethodSpec) -> list[MethodSpec]:
         """List what else must be run with a network, e.g. on permuted input."""
+        return []
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         """Score one method."""
@@ -94,6 +97,7 @@ class Task(Protocol):
 
     def reference(self) -> str:
         """Name the baseline that every method is compared with: ``auto`` = the best on validation, "" = none."""
+        return ""
 
 
 @dataclass(frozen=True, kw_only=True)

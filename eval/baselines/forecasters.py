@@ -11,8 +11,8 @@ from brainlm.errors import ConfigError
 from brainlm.fitting import FitSettings
 from brainlm.input_contract import InputContract
 from eval.baselines.autoregressive import Autoregressive
-from eval.baselines.external import external_class, external_spec, is_external
 from eval.baselines.simple import Mean, Persistence
+from eval.external import external_class, external_spec, is_external
 from eval.models import Method, MethodSpec
 
 FAST = ("mean", "persistence", "autoregression", "ridge VAR", "DLinear")

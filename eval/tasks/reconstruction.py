@@ -13,12 +13,12 @@ import pandas as pd
 from brainlm.config import Section, to_tree
 from brainlm.errors import ConfigError, DataError
 from brainlm.masking import MaskKind
-from eval.baselines.external import external_class, external_spec, is_external
 from eval.baselines.gaussian import Gaussian
 from eval.baselines.optimum import Optimum, read_truth, why_no_optimum
 from eval.baselines.simple import Interpolation, Mean
 from eval.baselines.space_time import SpaceTimeGaussian
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
+from eval.external import external_class, external_spec, is_external
 from eval.masks import draw_mask
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION

@@ -18,27 +18,68 @@ ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/evaluating.md").read_text()
 
 
-def test_a_baseline_of_ones_own(dataset: Dataset, tmp_path: Path) -> None:
-    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    assert len(code.splitlines()) <= 30
-    (tmp_path / "my_baselines.py").write_text(code)
-    choice = re.search(r"forecasting\.baselines='(.*)'$", PAGE, re.MULTILINE)
-    assert choice is not None
-    words = [
-        f"dataset={dataset.store.url}", "checkpoints=[]", f"out={tmp_path / 'results'}", "tasks=[forecasting]",
-        f"forecasting.baselines={choice[1]}", "forecasting.horizons=[10]", "report=false", "ray.workers=1",
-    ]  # fmt: skip
+def blocks() -> dict[str, str]:
+    """Return the page's modules by file name."""
+    found = re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    return dict(found)
+
+
+def run(folder: Path, dataset: Dataset, *words: str) -> dict[str, dict[str, float]]:
+    """Write the page's modules, evaluate on a Ray worker, and return R2 by task and model."""
+    for name, code in blocks().items():
+        (folder / name).write_text(code)
     ended = subprocess.run(
-        [sys.executable, str(ROOT / "eval/run.py"), "--config", str(ROOT / "eval/configs/all.yaml"), *words],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
+        [
+            sys.executable, str(ROOT / "eval/run.py"), "--config", str(ROOT / "eval/configs/all.yaml"),
+            f"dataset={dataset.store.url}", f"out={folder / 'results'}", "ray.workers=1", *words,
+        ],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": f"{folder}{os.pathsep}{ROOT}"},
         capture_output=True,
         text=True,
         timeout=300,
-    )
+    )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    r2 = {score.model: score.value for score in read_scores(Store(tmp_path / "results")) if score.metric == "r2"}
+    found: dict[str, dict[str, float]] = {}
+    for score in read_scores(Store(folder / "results")):
+        if score.metric == "r2":
+            found.setdefault(score.task, {})[score.model] = score.value
+    return found
+
+
+def option(name: str, block: str) -> str:
+    """Return the value that the page gives an option for a module's name."""
+    (value,) = re.findall(rf"{re.escape(name)}='([^']*{block}:[^']*)'", PAGE)
+    return f"{name}={value}"
+
+
+def test_a_baseline_of_ones_own(dataset: Dataset, tmp_path: Path) -> None:
+    assert len(blocks()["my_baselines.py"].splitlines()) <= 30
+    baselines = option("forecasting.baselines", "my_baselines")
+    found = run(
+        tmp_path,
+        dataset,
+        "checkpoints=[]",
+        "tasks=[forecasting]",
+        baselines,
+        "forecasting.horizons=[10]",
+        "report=false",
+    )
+    r2 = found["forecasting"]
     assert r2["damped persistence"] > max(r2["mean"], r2["persistence"])
+
+
+def test_a_task_of_ones_own(dataset: Dataset, training_run: Path, tmp_path: Path) -> None:
+    assert len(blocks()["my_tasks.py"].splitlines()) <= 40
+    small = "reconstruction={mask_ratios: [0.5], baselines: [mean]}"
+    found = run(tmp_path, dataset, f"checkpoints=[{training_run}]", option("tasks", "my_tasks"), small)
+    assert set(found) == {"reconstruction", "backcasting"}
+    assert set(found["backcasting"]) == {"BrainLM pretrain", "untrained", "mean"}
+    assert abs(found["backcasting"]["mean"]) < 1e-6
+    page = (tmp_path / "results/report.html").read_text()
+    assert "first patch" in page
+    differences = [s for s in read_scores(Store(tmp_path / "results")) if s.metric == "r2_minus_reference"]
+    assert {s.condition["reference"] for s in differences if s.task == "backcasting"} == {"mean"}
 
 
 def test_the_page_lists_every_baseline() -> None:

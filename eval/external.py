@@ -1,4 +1,4 @@
-"""Baselines that are not in this repository: a class named ``package.module:Class`` in the settings."""
+"""Baselines and tasks that are not in this repository: a class named ``package.module:Class`` in the settings."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def external_class(path: str) -> Any:
         found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"baselines: {path!r} cannot be imported ({error}). Expected package.module:Class, installed or on "
+            f"{path!r} cannot be imported ({error}). Expected package.module:Class, installed or on "
             "PYTHONPATH, where the work runs too"
         ) from error
     if not isinstance(getattr(found, "name", None), str) or not isinstance(getattr(found, "version", None), int):
-        raise ConfigError(f"baselines: {path} must have a `name` (str) and a `version` (int), raised with every change")
+        raise ConfigError(f"{path} must have a `name` (str) and a `version` (int), raised with every change")
     return found
 
 
