@@ -116,6 +116,18 @@ def test_the_reference_is_what_is_best_on_validation(finished: Path) -> None:
     assert references == {best}
 
 
+def test_each_step_ahead_is_compared_with_the_reference(finished: Path) -> None:
+    curves = pd.read_parquet(finished / "forecast_curves.parquet").set_index(["model", "step"]).sort_index()
+    assert set(curves["reference"]) == {"autoregression"}
+    assert curves.loc["autoregression", "p_value"].isna().all()
+    others = curves.drop("autoregression")
+    assert (others["p_value"] >= 2 / 2**5).all()
+    assert (others["p_corrected"] >= others["p_value"]).all()
+    for model, step in others.index:
+        difference = curves.loc[(model, step), "r2"] - curves.loc[("autoregression", step), "r2"]
+        assert curves.loc[(model, step), "difference"] == pytest.approx(difference)
+
+
 def test_other_kinds_of_masks_and_a_baseline_of_ones_own(
     dataset: Dataset, training_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
