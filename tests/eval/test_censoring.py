@@ -13,6 +13,7 @@ from brainlm.censoring import Ranges
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset
 from brainlm.errors import DataError
+from brainlm.fitting import FitSettings
 from brainlm.testing import small_model, write_synthetic_dataset
 from eval.baselines.autoregressive import Autoregressive
 from eval.baselines.forecasters import ForecasterSettings
@@ -45,8 +46,10 @@ TASKS: dict[str, Callable[[], Task]] = {
     "forecasting": lambda: Forecasting(
         ForecastingSettings(
             horizons=(10, 20),
-            baselines=("mean", "persistence", "autoregression"),
-            forecasters=ForecasterSettings(orders=(1, 2, 5)),
+            baselines=("mean", "persistence", "autoregression", "ridge VAR", "DLinear", "LSTM"),
+            forecasters=ForecasterSettings(
+                orders=(1, 2, 5), lstm_hidden_sizes=(8,), fit=FitSettings(steps=4, check_every=2)
+            ),
         )
     ),
     "networks": lambda: Networks(NetworksSettings(num_masks=2)),
@@ -97,6 +100,8 @@ def test_what_is_stored_at_censored_timepoints_changes_no_score(
     for spec in [*it.baselines(twins[0]), network]:
         one, other = (it.compute(spec, cohort, Runtime(batch_size=3)) for cohort in twins)
         pd.testing.assert_frame_equal(one.table, other.table)
+        if one.validation is not None and other.validation is not None:
+            pd.testing.assert_frame_equal(one.validation, other.validation)
         if one.parcels is not None:
             pd.testing.assert_frame_equal(one.parcels, other.parcels)
         assert len(one.table) > 0
