@@ -14,6 +14,7 @@ from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError
 from brainlm.input_contract import InputContract
 from brainlm.loader import MaskSettings, WindowLoader
+from brainlm.members import ChosenRecordings, Members
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
 from brainlm.predictor_checkpoint import save_predictor
@@ -22,12 +23,12 @@ from brainlm.published import is_published
 from brainlm.store import Store
 from brainlm.train_subjects import TrainSubjects
 from brainlm.world import World
-from train.cohort import ChosenRecordings, Cohort
 from train.finetune_settings import FinetuneSettings
 from train.first_weights import adopt, load_for_rebuilding
 from train.held_out import HeldOut
 from train.mix import Mix
 from train.objective import Objective, rebuild_hidden
+from train.phenotypes import read_members
 from train.predictor_parts import (
     Encoder,
     fit_targets,
@@ -53,21 +54,21 @@ def build_parts(settings: FinetuneSettings, dataset: Dataset, world: World) -> P
 def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World) -> Parts:
     """Build a predictor with its batches and validation."""
     origin = load_encoder(settings, dataset)
-    encoder, cohort = origin.encoder, Cohort(dataset)
-    split = choose_subjects(settings, cohort, origin.pretrained_on, encoder.contract)
-    readers = {role: ChosenRecordings(cohort, split.roles[role]) for role in ("train", "val")}
-    predictor = Predictor(encoder, settings.head, fit_targets(settings, cohort, split))
+    encoder, source = origin.encoder, read_members(dataset)
+    split = choose_subjects(settings, source, origin.pretrained_on, encoder.contract)
+    readers = {role: ChosenRecordings(source, split.roles[role]) for role in ("train", "val")}
+    predictor = Predictor(encoder, settings.head, fit_targets(settings, source, split))
     predictor.head.init_weights(torch.Generator().manual_seed(settings.run.seed))
     encoder_trained = set_trained(encoder, settings.encoder, decoder=False)
     seed = settings.run.seed if settings.permute_targets else None
-    train_columns = target_values(predictor.targets, cohort, split.roles["train"], seed)
+    train_columns = target_values(predictor.targets, source, split.roles["train"], seed)
     wanted, known = encode_all(predictor.targets, train_columns)
     learned = [i for i in range(len(known)) if bool(known[i].any())]
     loader = TargetLoader(
-        ChosenRecordings(cohort, [split.roles["train"][i] for i in learned]), encoder.contract,
+        ChosenRecordings(source, [split.roles["train"][i] for i in learned]), encoder.contract,
         MaskSettings(), **loading(settings, world, encoder), wanted=wanted[learned], known=known[learned],
     )  # fmt: skip
-    val = encode_all(predictor.targets, target_values(predictor.targets, cohort, split.roles["val"]))
+    val = encode_all(predictor.targets, target_values(predictor.targets, source, split.roles["val"]))
     held_out = HeldOutTargets(readers["val"], *val, max_recordings=settings.validation.max_recordings)
     mix = Mix({dataset.name: loader})
     steps = num_steps(settings, mix.steps_per_epoch)
@@ -97,7 +98,7 @@ def predictor_parts(settings: FinetuneSettings, dataset: Dataset, world: World) 
         flops, tokens = None, encoder.num_tokens
     return Parts(
         Objective(predictor, mix, held_out.score, flops, tokens), steps, manifest, save, keeps_last=False,
-        begin=lambda: write_split(home(settings), cohort, split),
+        begin=lambda: write_split(home(settings), source, split),
         prepare=lambda engine: whiten(readers["train"], engine),
     )  # fmt: skip
 
@@ -117,19 +118,19 @@ def forecaster_parts(settings: FinetuneSettings, dataset: Dataset, world: World)
     model, remembered = first.model, first.earlier
     if settings.encoder.untrained:
         model, remembered = BrainLM.untrained_like(model, settings.run.seed), TrainSubjects.of("", [])
-    cohort = Cohort(dataset)
-    split = choose_subjects(settings, cohort, first.earlier, model.contract)
+    source = read_members(dataset)
+    split = choose_subjects(settings, source, first.earlier, model.contract)
     masks = settings.masks(model.config.num_patches)
     encoder_trained = set_trained(model, settings.encoder, decoder=True)
     options = loading(settings, world, model)
-    reader = ChosenRecordings(cohort, split.roles["train"])
+    reader = ChosenRecordings(source, split.roles["train"])
     mix = Mix({dataset.name: WindowLoader(reader, model.contract, masks, **options)})
     checked = ValidationSettings(
         mask_ratio=masks.ratios[0], kind="future", windows_per_recording=4,
-        max_recordings=settings.validation.max_recordings or len(cohort.members),
+        max_recordings=settings.validation.max_recordings or len(source.all),
     )  # fmt: skip
     held_out = HeldOut(
-        ChosenRecordings(cohort, split.roles["val"]), model.contract, checked, model.config.patch_parcels
+        ChosenRecordings(source, split.roles["val"]), model.contract, checked, model.config.patch_parcels
     )
     steps = num_steps(settings, mix.steps_per_epoch)
     manifest = facts_of(settings, dataset, world, model, steps) | first.facts
@@ -145,7 +146,7 @@ def forecaster_parts(settings: FinetuneSettings, dataset: Dataset, world: World)
     objective = rebuild_hidden(model, mix, masks, {dataset.name: held_out})
     return Parts(
         objective, steps, manifest, save, keeps_last=False,
-        begin=lambda: write_split(home(settings), cohort, split),
+        begin=lambda: write_split(home(settings), source, split),
     )  # fmt: skip
 
 
@@ -155,10 +156,10 @@ def home(settings: FinetuneSettings) -> Store:
 
 
 def choose_subjects(
-    settings: FinetuneSettings, cohort: Cohort, pretrained_on: TrainSubjects | None, contract: InputContract
+    settings: FinetuneSettings, source: Members, pretrained_on: TrainSubjects | None, contract: InputContract
 ) -> SubjectSplit:
-    """Split the cohort, and say how."""
-    split = split_subjects(cohort, settings.split, pretrained_on, contract)
+    """Split the recordings, and say how."""
+    split = split_subjects(source, settings.split, pretrained_on, contract)
     counts = ", ".join(f"{split.num_subjects(role)} {role}" for role in split.roles)
     logger.info("subjects: %s; %d recordings left out", counts, len(split.left_out))
     reasons = list(split.left_out.values())

@@ -7,8 +7,8 @@ from torch import nn
 from brainlm.config import to_yaml
 from brainlm.dataset import open_dataset
 from brainlm.predictor import Predictor
-from train.cohort import Cohort
 from train.finetune_settings import FinetuneSettings
+from train.phenotypes import read_members
 from train.predictor_parts import fit_targets, load_encoder, set_trained
 from train.settings import num_steps
 from train.subject_split import split_subjects
@@ -18,11 +18,11 @@ def plan(settings: FinetuneSettings) -> str:
     """Return the resolved settings and what they amount to, as text."""
     dataset = open_dataset(settings.data.datasets[0])
     origin = load_encoder(settings, dataset)
-    encoder, cohort = origin.encoder, Cohort(dataset)
-    split = split_subjects(cohort, settings.split, origin.pretrained_on, encoder.contract)
+    encoder, source = origin.encoder, read_members(dataset)
+    split = split_subjects(source, settings.split, origin.pretrained_on, encoder.contract)
     lines = [to_yaml(settings).rstrip(), ""]
     if settings.targets:
-        targets = fit_targets(settings, cohort, split)
+        targets = fit_targets(settings, source, split)
         predictor = Predictor(encoder, settings.head, targets)
         set_trained(encoder, settings.encoder, decoder=False)
         module: nn.Module = predictor

@@ -14,12 +14,13 @@ from numpy.typing import NDArray
 
 from brainlm import metrics
 from brainlm.dataset import Dataset
+from brainlm.members import ChosenRecordings, Members
 from brainlm.metrics import Score, with_interval
 from brainlm.predictor import Predictor
 from brainlm.store import Store
 from brainlm.targets import Target
-from train.cohort import ChosenRecordings, Cohort
 from train.finetune_settings import FinetuneSettings
+from train.phenotypes import read_members
 from train.predictor_parts import load_encoder
 from train.subject_split import SubjectSplit, split_subjects
 
@@ -38,13 +39,13 @@ EXPLAINED = {
 }
 
 
-def predict_all(predictor: Predictor, cohort: Cohort, split: SubjectSplit) -> pd.DataFrame:
+def predict_all(predictor: Predictor, source: Members, split: SubjectSplit) -> pd.DataFrame:
     """Predict every validation and test recording: one row each, with truth and prediction of each target."""
     rows = []
     for role in ("val", "test"):
         members = split.roles[role]
-        reader = ChosenRecordings(cohort, members)
-        truth = {target.column: cohort.values(target.column, members) for target in predictor.targets}
+        reader = ChosenRecordings(source, members)
+        truth = {target.column: source.values(target.column, members) for target in predictor.targets}
         for index, member in enumerate(members):
             found = predictor.predict(reader.as_recording(index), native_tr=True)
             row = {
@@ -109,19 +110,19 @@ def score_run(settings: FinetuneSettings, dataset: Dataset, checkpoint: str) -> 
     predictor = Predictor.from_pretrained(checkpoint)
     if torch.cuda.is_available():
         predictor.to("cuda")
-    cohort = Cohort(dataset)
+    source = read_members(dataset)
     pretrained_on = load_encoder(settings, dataset).pretrained_on
-    split = split_subjects(cohort, settings.split, pretrained_on, predictor.contract)
+    split = split_subjects(source, settings.split, pretrained_on, predictor.contract)
     names = ("init_from", "untrained", "permuted", "encoder_trained", "git_commit", "dataset", "data_hash", "step")
     facts = {name: predictor.manifest.get(name) for name in names}
-    write_scores(store, predictor, cohort, split, {"checkpoint": checkpoint, **facts})
+    write_scores(store, predictor, source, split, {"checkpoint": checkpoint, **facts})
 
 
 def write_scores(
-    store: Store, predictor: Predictor, cohort: Cohort, split: SubjectSplit, facts: dict[str, Any]
+    store: Store, predictor: Predictor, source: Members, split: SubjectSplit, facts: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """Predict and score with the best weights; write both files and say the test scores. Rank zero alone."""
-    table = predict_all(predictor, cohort, split)
+    table = predict_all(predictor, source, split)
     records = score_table(table, predictor.targets)
     buffer = io.BytesIO()
     table.to_parquet(buffer)

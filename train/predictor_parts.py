@@ -16,13 +16,13 @@ from brainlm.embedding import side_by_side
 from brainlm.errors import CheckpointError, ConfigError, DataError
 from brainlm.heads import moments
 from brainlm.layers import Block
+from brainlm.members import ChosenRecordings, Member, Members
 from brainlm.model import BrainLM
 from brainlm.predictor import Predictor
 from brainlm.published import PublishedModel, is_published
 from brainlm.targets import Target
 from brainlm.train_subjects import TrainSubjects
 from brainlm.windows import TR_TOLERANCE_S
-from train.cohort import ChosenRecordings, Cohort, Member
 from train.engine import Engine
 from train.finetune_settings import EncoderSettings, FinetuneSettings
 from train.first_weights import adopt
@@ -83,7 +83,7 @@ def load_encoder(settings: FinetuneSettings, dataset: Dataset) -> Origin:
     return Origin(first.model, first.earlier, first.earlier, first.facts)
 
 
-def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit) -> tuple[Target, ...]:
+def fit_targets(settings: FinetuneSettings, source: Members, split: SubjectSplit) -> tuple[Target, ...]:
     """Fit the targets to the training subjects; a subject of several recordings counts once.
 
     Raises
@@ -94,10 +94,10 @@ def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit)
     targets = []
     for wanted in settings.targets:
         members = split.roles["train"]
-        once = {(m.subject, str(v)): v for m, v in zip(members, cohort.values(wanted.column, members), strict=True)}
+        once = {(m.subject, str(v)): v for m, v in zip(members, source.values(wanted.column, members), strict=True)}
         target = Target.fit(wanted, list(once.values()))
         for role in ("val", "test"):
-            _, known = target.encode(cohort.values(wanted.column, split.roles[role]))
+            _, known = target.encode(source.values(wanted.column, split.roles[role]))
             if not known.any():
                 raise DataError(f"target {wanted.column}: all {role} subjects lack a value")
         targets.append(target)
@@ -105,13 +105,13 @@ def fit_targets(settings: FinetuneSettings, cohort: Cohort, split: SubjectSplit)
 
 
 def target_values(
-    targets: Sequence[Target], cohort: Cohort, members: Sequence[Member], permute_seed: int | None = None
+    targets: Sequence[Target], source: Members, members: Sequence[Member], permute_seed: int | None = None
 ) -> list[list[Any]]:
     """Return the values of each target, one per member.
 
     With a seed they are permuted: among the subjects, or among the recordings where each has its own.
     """
-    columns = [cohort.values(target.column, members) for target in targets]
+    columns = [source.values(target.column, members) for target in targets]
     if permute_seed is None:
         return columns
     rng = np.random.default_rng([_PERMUTED, permute_seed])
@@ -121,7 +121,7 @@ def target_values(
     rows = rng.permutation(len(members)).tolist()
     by_subject = [first[given_to[member.subject]] for member in members]
     return [
-        [column[i] for i in (by_subject if cohort.is_of_subjects(target.column) else rows)]
+        [column[i] for i in (by_subject if source.is_of_subjects(target.column) else rows)]
         for target, column in zip(targets, columns, strict=True)
     ]
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from brainlm.errors import ConfigError
+from brainlm.folds import fold_of_group, in_order
 from brainlm.input_contract import InputContract
+from brainlm.members import Member, Members
 from brainlm.store import Store
 from brainlm.train_subjects import TrainSubjects
-from train.cohort import Cohort, Member
 from train.finetune_settings import SplitSettings
 
 ROLES = ("train", "val", "test")
@@ -36,9 +36,9 @@ class SubjectSplit:
 
 
 def split_subjects(
-    cohort: Cohort, settings: SplitSettings, pretrained_on: TrainSubjects | None, contract: InputContract
+    source: Members, settings: SplitSettings, pretrained_on: TrainSubjects | None, contract: InputContract
 ) -> SubjectSplit:
-    """Divide the recordings of a cohort.
+    """Divide the recordings of a data set.
 
     Parameters
     ----------
@@ -55,20 +55,19 @@ def split_subjects(
     """
     left_out: dict[str, str] = {}
     members = []
-    for member in cohort.members:
-        if reason := cohort.why_unreadable(member, contract):
+    for member in source.all:
+        if reason := source.why_unreadable(member, contract):
             left_out[member.recording_id] = reason
         else:
             members.append(member)
-    seen = _seen(cohort.members, pretrained_on)
-    groups_seen = {member.group for member in cohort.members if member.subject in seen}
+    groups_seen = set() if pretrained_on is None else source.groups_seen(pretrained_on)
     if pretrained_on is None and not settings.allow_pretraining_subjects:
         raise ConfigError(
             "the checkpoint does not say whom it was pretrained on: its scores on these subjects may be too high. Set "
             "split.allow_pretraining_subjects=true to go on; every result then shows it"
         )
     if settings.column is not None:
-        role_of = _given(cohort, settings.column, members, left_out)
+        role_of = _given(source, settings.column, members, left_out)
     elif settings.of == "dataset":
         role_of = {member.recording_id: member.split for member in members}
     else:
@@ -96,7 +95,7 @@ def split_subjects(
     return SubjectSplit(roles, None if pretrained_on is None else len(found), left_out)
 
 
-def write_split(store: Store, cohort: Cohort, split: SubjectSplit) -> None:
+def write_split(store: Store, source: Members, split: SubjectSplit) -> None:
     """Write who has which role: one row a recording, those that were left out with the reason."""
     import pandas as pd
 
@@ -106,27 +105,16 @@ def write_split(store: Store, cohort: Cohort, split: SubjectSplit) -> None:
             "recording_id": member.recording_id, "subject": member.subject, "group": member.group,
             "split": role_of.get(member.recording_id, ""), "left_out": split.left_out.get(member.recording_id, ""),
         }
-        for member in cohort.members
+        for member in source.all
     ]  # fmt: skip
     buffer = io.BytesIO()
     pd.DataFrame(rows).to_parquet(buffer)
     store.write_bytes(SPLIT, buffer.getvalue())
 
 
-def _seen(members: Sequence[Member], pretrained_on: TrainSubjects | None) -> set[str]:
-    if pretrained_on is None:
-        return set()
-    found = set()
-    for subject in {member.subject for member in members}:
-        bare = subject.removeprefix("sub-")  # data sets name them either way
-        if pretrained_on.seen({subject, bare, f"sub-{bare}"}):
-            found.add(subject)
-    return found
-
-
-def _given(cohort: Cohort, column: str, members: Sequence[Member], left_out: dict[str, str]) -> dict[str, str]:
+def _given(source: Members, column: str, members: Sequence[Member], left_out: dict[str, str]) -> dict[str, str]:
     role_of = {}
-    for member, value in zip(members, cohort.values(column, members), strict=True):
+    for member, value in zip(members, source.values(column, members), strict=True):
         role = "" if value is None else str(value).strip()
         if not role:
             left_out[member.recording_id] = f"split.column={column} is empty"
@@ -142,16 +130,14 @@ def _new(members: Sequence[Member], settings: SplitSettings) -> dict[str, str]:
     subjects: dict[str, set[str]] = {}
     for member in members:
         subjects.setdefault(member.group, set()).add(member.subject)
-    order = sorted(subjects, key=lambda group: hashlib.sha256(f"{settings.seed} {group}".encode()).hexdigest())
     role_of_group = {}
     if settings.folds is not None:
         test, val = settings.fold, (settings.fold + 1) % settings.folds
-        for number, group in enumerate(order):
-            part = number % settings.folds
+        for group, part in fold_of_group(subjects, settings.folds, settings.seed).items():
             role_of_group[group] = "test" if part == test else "val" if part == val else "train"
     else:
         total, before = sum(map(len, subjects.values())), 0
-        for group in order:
+        for group in in_order(subjects, settings.seed):
             middle = (before + len(subjects[group]) / 2) / total
             share = settings.fractions["test"]
             role_of_group[group] = (

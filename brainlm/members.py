@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pandas as pd
 from numpy.typing import NDArray
 
 from brainlm.dataset import SPLITS, Dataset
@@ -18,8 +16,12 @@ from brainlm.ordering import even_starts
 from brainlm.recording import Recording
 from brainlm.shard_index import ShardEntry
 from brainlm.shards import SplitReader
+from brainlm.train_subjects import TrainSubjects
 
 RECORDINGS, SUBJECTS = "recordings.parquet", "subjects.parquet"
+Columns = Mapping[str, Sequence[Any]]
+ReadColumns = Callable[[bytes], Columns]
+"""Takes the bytes of a parquet file; the library itself does not depend on a reader of these."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +37,38 @@ class Member:
     num_timepoints: int
 
 
-class Cohort:
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """A table whose rows are found by a key; the first one counts where a key comes twice."""
+
+    columns: Columns
+    rows: dict[str, int]
+
+    @classmethod
+    def read(cls, dataset: Dataset, name: str, key: str, read_columns: ReadColumns) -> _Table:
+        if not dataset.store.exists(name):
+            raise DataError(f"{dataset.store.url} has no {name}: prepare the data set with data_prep/prepare.py")
+        columns = read_columns(dataset.store.read_bytes(name))
+        rows: dict[str, int] = {}
+        for number, value in enumerate(columns[key]):
+            rows.setdefault(value, number)
+        return cls(columns, rows)
+
+    def values(self, column: str, keys: Sequence[str]) -> list[Any]:
+        """Return a column's values, None where there is no row or no value."""
+        found = self.columns[column]
+        values = [found[self.rows[key]] if key in self.rows else None for key in keys]
+        return [None if value is None or value != value else value for value in values]  # NaN is not itself
+
+
+class Members:
     """The recordings of a data set, and the tables that describe them.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    read_columns : callable
+        Reads a parquet file.
 
     Raises
     ------
@@ -44,21 +76,22 @@ class Cohort:
         If the data set has no tables, or a recording of its shards is in none.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
+    def __init__(self, dataset: Dataset, read_columns: ReadColumns) -> None:
         self.dataset = dataset
         self.readers = {split: dataset.split(split) for split in SPLITS}
-        self._recordings = _table(dataset, RECORDINGS, "recording_id")
-        self._subjects = _table(dataset, SUBJECTS, "subject")
+        self._recordings = _Table.read(dataset, RECORDINGS, "recording_id", read_columns)
+        self._subjects = _Table.read(dataset, SUBJECTS, "subject", read_columns)
         rows = [(split, i, entry) for split in SPLITS for i, entry in enumerate(self.readers[split].entries)]
-        lacking = [entry.recording_id for _, _, entry in rows if entry.recording_id not in self._recordings.index]
+        lacking = [entry.recording_id for _, _, entry in rows if entry.recording_id not in self._recordings.rows]
         if lacking:
             raise DataError(f"{dataset.store.url_of(RECORDINGS)} lacks {len(lacking)} recordings, {lacking[0]} for one")
-        self.members = [
+        groups = self._groups([entry for _, _, entry in rows])
+        self.all = [
             Member(
                 recording_id=entry.recording_id, subject=entry.subject, group=group, split=split, index=index,
                 num_timepoints=entry.num_timepoints,
             )
-            for (split, index, entry), group in zip(rows, self._groups([entry for _, _, entry in rows]), strict=True)
+            for (split, index, entry), group in zip(rows, groups, strict=True)
         ]  # fmt: skip
 
     def why_unreadable(self, member: Member, contract: InputContract) -> str:
@@ -75,9 +108,22 @@ class Cohort:
             return "no parcel that the checkpoint can be fed carries signal"
         return ""
 
+    def groups_seen(self, trained_on: TrainSubjects) -> set[str]:
+        """Return the groups in which there is somebody that a model was trained on, whatever prefix the ids have."""
+        found = set()
+        for member in {member.subject: member for member in self.all}.values():
+            bare = member.subject.removeprefix("sub-")  # data sets name them either way
+            if trained_on.seen({member.subject, bare, f"sub-{bare}"}):
+                found.add(member.group)
+        return found
+
     def is_of_subjects(self, column: str) -> bool:
         """Say whether all recordings of a subject have one value."""
         return column in self._subjects.columns
+
+    def has(self, column: str) -> bool:
+        """Say whether there is such a column."""
+        return column in self._subjects.columns or column in self._recordings.columns
 
     def values(self, column: str, members: Sequence[Member]) -> list[Any]:
         """Return a column of the subjects, or else of the recordings; None where missing.
@@ -88,17 +134,17 @@ class Cohort:
             If neither table has it.
         """
         if self.is_of_subjects(column):
-            table, keys = self._subjects, [member.subject for member in members]
-        elif column in self._recordings.columns:
-            table, keys = self._recordings, [member.recording_id for member in members]
-        else:
-            known = [*self._subjects.columns, *(c for c in ("site", "task", "session", "run") if c in self._recordings)]
+            return self._subjects.values(column, [member.subject for member in members])
+        if not self.has(column):
+            known = [
+                *self._subjects.columns,
+                *(c for c in ("site", "task", "session", "run") if c in self._recordings.columns),
+            ]
             raise ConfigError(
                 f"no column {column!r} in {SUBJECTS} or {RECORDINGS} of {self.dataset.name}; phenotypes there: "
                 f"{', '.join(map(str, known)) or 'none (phenotypes are joined by data_prep/prepare.py)'}"
             )
-        found = table[column].to_dict()
-        return [None if pd.isna(value := found.get(key)) else value for key in keys]
+        return self._recordings.values(column, [member.recording_id for member in members])
 
     def _groups(self, entries: Sequence[ShardEntry]) -> list[str]:
         parent: dict[str, str] = {}
@@ -109,11 +155,12 @@ class Cohort:
             return name
 
         joins = []
-        for entry in entries:
-            row = self._recordings.loc[entry.recording_id]
+        kinds = [kind for kind in ("family", "series_sha256") if kind in self._recordings.columns]
+        known = {kind: self._recordings.values(kind, [entry.recording_id for entry in entries]) for kind in kinds}
+        for number, entry in enumerate(entries):
             names = [f"subject {entry.subject}"]
-            for kind in ("family", "series_sha256"):
-                value = row.get(kind)
+            for kind in kinds:
+                value = known[kind][number]
                 if isinstance(value, str) and value:
                     names.append(f"{kind} {value}")
             joins.append(names)
@@ -128,12 +175,12 @@ class ChosenRecordings:
 
     Parameters
     ----------
-    cohort : Cohort
+    source : Members
     members : sequence of Member
     """
 
-    def __init__(self, cohort: Cohort, members: Sequence[Member]) -> None:
-        self._places: list[tuple[SplitReader, int]] = [(cohort.readers[m.split], m.index) for m in members]  # type: ignore[index]
+    def __init__(self, source: Members, members: Sequence[Member]) -> None:
+        self._places: list[tuple[SplitReader, int]] = [(source.readers[m.split], m.index) for m in members]  # type: ignore[index]
         self.entries = [reader.entries[index] for reader, index in self._places]
 
     def __len__(self) -> int:
@@ -162,12 +209,3 @@ class ChosenRecordings:
     def kept(self, index: int, start: int, window_len: int, /) -> NDArray[np.bool_]:
         reader, own = self._places[index]
         return reader.kept(own, start, window_len)
-
-
-def _table(dataset: Dataset, name: str, key: str) -> pd.DataFrame:
-    if not dataset.store.exists(name):
-        raise DataError(
-            f"{dataset.store.url} has no {name}: fine-tuning needs a data set as data_prep/prepare.py writes it"
-        )
-    table = pd.read_parquet(io.BytesIO(dataset.store.read_bytes(name)))
-    return table.drop_duplicates(key).set_index(key, drop=False)
