@@ -135,5 +135,5 @@ def test_chosen_recordings_are_those_of_the_splits(source: Members) -> None:
 def test_a_data_set_without_tables_is_refused(tmp_path: Path) -> None:
     from brainlm.testing import write_synthetic_dataset
 
-    with pytest.raises(DataError, match=r"has no recordings\.parquet: fine-tuning needs a data set as"):
+    with pytest.raises(DataError, match=r"has no recordings\.parquet: prepare the data set with data_prep"):
         read_members(write_synthetic_dataset(str(tmp_path / "plain")))
