@@ -268,10 +268,15 @@ def _read_train_subjects(store: Store) -> TrainSubjects | None:
     return TrainSubjects.from_json(store.read_json(TRAIN_SUBJECTS), store.url_of(TRAIN_SUBJECTS))
 
 
+def train_subjects(path_or_hub_id: str, revision: str | None = None) -> TrainSubjects | None:
+    """Return whom a checkpoint was trained on, as keyed hashes; None where it does not say."""
+    return _read_train_subjects(Store(hub.local_folder(str(path_or_hub_id), FILES, revision)))
+
+
 def seen_subjects(path_or_hub_id: str, subjects: list[str], revision: str | None = None) -> set[str]:
     """Return those of `subjects` that the checkpoint was trained on."""
     folder = hub.local_folder(str(path_or_hub_id), FILES, revision)
-    known = _read_train_subjects(Store(folder))
+    known = train_subjects(folder)
     if known is None:
         raise CheckpointError(f"{folder} has no {TRAIN_SUBJECTS}: which subjects it was trained on is not known")
     return known.seen(subjects)

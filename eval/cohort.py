@@ -86,6 +86,8 @@ class Cohort:
         Key of the hashes that stand for subjects in results.
     patch_parcels : int
         Parcels that share a token in the compared models: random masks hide such groups together, for all methods.
+    pretrained : tuple of str
+        Folders of the compared checkpoints whose subjects may not be tested.
     """
 
     dataset: Dataset
@@ -95,6 +97,7 @@ class Cohort:
     patch_len: int
     subject_key: bytes = b""
     patch_parcels: int = 1
+    pretrained: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, dataset: Dataset, split: Split = "test") -> Cohort:
