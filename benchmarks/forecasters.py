@@ -26,7 +26,8 @@ from brainlm.testing import write_synthetic_dataset
 from eval.baselines.forecasters import MAKERS, ForecasterSettings
 from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.cohort import Cohort
-from eval.task import Runtime, sums_by_condition
+from eval.make_scores import sums_by_condition
+from eval.task import Runtime
 from eval.tasks.forecasting import Forecasting, ForecastingSettings
 
 WINDOW_LEN, PATCH_LEN = 200, 20

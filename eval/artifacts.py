@@ -20,11 +20,12 @@ from brainlm.intervals import bootstrap_counts, bootstrap_interval, metric_value
 from brainlm.significance import holm, paired_p_value
 from brainlm.store import Store
 from eval.cohort import FloatArray
+from eval.make_scores import unit_sums
 from eval.models import MethodSpec
 from eval.planning import Plan
 from eval.scoring import r2
 from eval.settings import IntervalsSettings
-from eval.task import UnitOutput, to_npz, to_parquet, unit_sums
+from eval.task import UnitOutput, to_npz, to_parquet
 
 Outputs = Sequence[tuple[MethodSpec, UnitOutput]]
 NUM_PICKED = 6

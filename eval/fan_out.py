@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
 from eval.planning import Plan, make_tasks, unit_for_worker
-from eval.task import Runtime, Unit, write_output
+from eval.task import Runtime, Unit, is_done, read_features, write_features, write_output
+
+MANY, EVERY_S = 60, 2.0
+"""Of more units than that, one is named in so many seconds."""
 
 
 @dataclass(frozen=True)
@@ -30,38 +33,79 @@ def compute_unit(plan: Plan, unit: Unit) -> UnitReport:
     try:
         settings = plan.settings
         torch.set_num_threads(settings.threads)
+        store, task = Store(settings.out), make_tasks(settings)[unit.task]
         runtime = Runtime(
-            batch_size=settings.batch_size, device=settings.device, untrained_seed=settings.untrained_seed
+            batch_size=settings.batch_size,
+            device=settings.device,
+            untrained_seed=settings.untrained_seed,
+            threads=settings.threads,
+            out=settings.out,
+            prepared={needed.spec.name: read_features(store, needed) for needed in unit.needs},
         )
-        output = make_tasks(settings)[unit.task].compute(unit.spec, plan.cohort(), runtime)
-        write_output(Store(settings.out), unit, output)
+        if unit.is_preparation:
+            write_features(store, unit, task.prepare(unit.spec, plan.cohort(), runtime))
+        else:
+            write_output(store, unit, task.compute(unit.spec, plan.cohort(), runtime))
     except Exception:
         return UnitReport(unit, time.perf_counter() - start, traceback.format_exc())
     return UnitReport(unit, time.perf_counter() - start)
 
 
 def run_units(plan: Plan, units: Sequence[Unit], say: Callable[[str], None] = print) -> list[UnitReport]:
-    """Compute units, a bounded number at a time, saying how it goes.
+    """Compute units, a bounded number at a time, saying how it goes; first what they need and is not there yet.
 
-    Units that a lost worker leaves undone are tried again; what is finished stays finished.
+    Units that a lost worker leaves undone are tried again; what is finished stays finished. A unit that needs what
+    could not be computed is not tried.
     """
     reports: list[UnitReport] = []
-    sent = plan.for_workers()
+    if not units:
+        return reports
+    sent, store, workers = plan.for_workers(), Store(plan.settings.out), plan.settings.ray.workers
+    first = {needed.stem: needed for unit in units for needed in unit.needs}
+    before = [unit for unit in first.values() if not is_done(store, unit)]
+    total = len(before) + len(units)
+    progress = _Progress(total, say)
 
     def note(report: UnitReport) -> None:
         reports.append(report)
-        state = "FAILED: " + report.error.strip().rsplit("\n", 1)[-1] if report.error else f"{report.seconds:.1f} s"
-        say(f"[{len(reports)}/{len(units)}] {report.unit.label}: {state}")
+        progress.note(report)
 
-    if not units:
-        return reports
-    workers = plan.settings.ray.workers
-    if workers == 0:
+    def ready() -> list[Unit]:
+        lost = {report.unit.stem: report.unit.label for report in reports if report.error}
+        found = []
         for unit in units:
+            missing = [lost[needed.stem] for needed in unit.needs if needed.stem in lost]
+            if missing:
+                note(UnitReport(unit, 0.0, f"not tried: it needs {', '.join(missing)}, which failed"))
+            else:
+                found.append(unit)
+        return found
+
+    if workers == 0:
+        for unit in before:
+            note(compute_unit(sent, unit))
+        for unit in ready():
             note(compute_unit(sent, unit))
         return reports
     with ray_session(plan.settings.ray.address, num_cpus=workers) as ray:
-        tasks = [(sent, unit_for_worker(unit)) for unit in units]
-        for _, report in fan_out(ray, compute_unit, tasks, max_in_flight=workers):
-            note(report)
+        for wave in (lambda: before, ready):
+            tasks = [(sent, unit_for_worker(unit)) for unit in wave()]
+            for _, report in fan_out(ray, compute_unit, tasks, max_in_flight=workers):
+                note(report)
     return reports
+
+
+class _Progress:
+    """Says how each unit went; of many short ones not every one."""
+
+    def __init__(self, total: int, say: Callable[[str], None]) -> None:
+        self.total, self.say, self.done, self.said = total, say, 0, 0.0
+
+    def note(self, report: UnitReport) -> None:
+        self.done += 1
+        now = time.monotonic()
+        if not report.error and self.total > MANY and self.done < self.total and now - self.said < EVERY_S:
+            return
+        self.said = now
+        state = "FAILED: " + report.error.strip().rsplit("\n", 1)[-1] if report.error else f"{report.seconds:.1f} s"
+        self.say(f"[{self.done}/{self.total}] {report.unit.label}: {state}")

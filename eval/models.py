@@ -28,8 +28,8 @@ class MethodSpec:
     """A method by name: small and plain, so that it can be sent to a worker.
 
     ``model_hash`` identifies weights or, for a baseline, its edition; ``checkpoint`` is the folder of a network,
-    ``variant`` what is done to its input, ``input_hash`` identifies its input contract, and ``scaled_by`` says whose
-    median and IQR scale what it is fed.
+    ``variant`` what is done to its input, ``input_hash`` identifies its input contract, ``scaled_by`` says whose median
+    and IQR scale what it is fed, and ``part`` which piece of its work is meant, where a task divides it.
     """
 
     name: str
@@ -39,6 +39,7 @@ class MethodSpec:
     variant: str = ""
     input_hash: str = ""
     scaled_by: ScaledBy = "checkpoint"
+    part: str = ""
     notes: tuple[str, ...] = ()
 
 

@@ -19,6 +19,7 @@ from eval.models import CheckpointInfo, MethodSpec, describe_checkpoints
 from eval.reference import AUTO
 from eval.settings import EvalSettings
 from eval.task import Task, Unit
+from eval.tasks.clinical import Clinical
 from eval.tasks.forecasting import Forecasting
 from eval.tasks.networks import Networks
 from eval.tasks.reconstruction import Reconstruction
@@ -47,8 +48,10 @@ def make_task(name: str, settings: EvalSettings) -> Task:
         return Reconstruction(settings.reconstruction)
     if name == "forecasting":
         return Forecasting(settings.forecasting)
-    assert name == "networks", name
-    return Networks(settings.networks)
+    if name == "networks":
+        return Networks(settings.networks)
+    assert name == "clinical", name
+    return Clinical(settings.clinical)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -66,6 +69,8 @@ class Plan:
         Task by name: why the data set does not allow it.
     warnings : tuple of str
     checkpoints : tuple of CheckpointInfo
+    pretrained : tuple of str
+        Folders of the checkpoints whose subjects may not be tested.
     """
 
     settings: EvalSettings
@@ -77,6 +82,7 @@ class Plan:
     skipped: tuple[tuple[str, str], ...] = ()
     warnings: tuple[str, ...] = ()
     checkpoints: tuple[CheckpointInfo, ...] = ()
+    pretrained: tuple[str, ...] = ()
 
     @cached_property
     def dataset(self) -> Dataset:
@@ -92,6 +98,7 @@ class Plan:
             patch_len=self.patch_len,
             subject_key=key,
             patch_parcels=self.patch_parcels,
+            pretrained=self.pretrained,
         )
 
     def for_workers(self) -> Plan:
@@ -102,7 +109,8 @@ class Plan:
             out=absolute(self.settings.out),
             checkpoints=tuple(absolute(folder) for folder in self.settings.checkpoints),
         )
-        return replace(self, settings=settings, units=(), checkpoints=())
+        pretrained = tuple(absolute(folder) for folder in self.pretrained)
+        return replace(self, settings=settings, units=(), checkpoints=(), pretrained=pretrained)
 
 
 def absolute(url: str) -> str:
@@ -114,7 +122,10 @@ def absolute(url: str) -> str:
 def unit_for_worker(unit: Unit) -> Unit:
     """Return a unit whose checkpoint is found from anywhere."""
     spec = unit.spec
-    return replace(unit, spec=replace(spec, checkpoint=absolute(spec.checkpoint))) if spec.checkpoint else unit
+    needs = tuple(unit_for_worker(needed) for needed in unit.needs)
+    if spec.checkpoint:
+        spec = replace(spec, checkpoint=absolute(spec.checkpoint))
+    return replace(unit, spec=spec, needs=needs)
 
 
 def make_plan(settings: EvalSettings) -> Plan:
@@ -168,6 +179,7 @@ def make_plan(settings: EvalSettings) -> Plan:
         patch_len=infos[0].patch_len if infos else contract.patch_len,
         patch_parcels=infos[0].patch_parcels if infos else 1,
         checkpoints=tuple(infos),
+        pretrained=() if settings.allow_seen_subjects else tuple(info.folder for info in infos),
     )
     cohort = plan.cohort()
     short = len(entries) - len(cohort.recordings())
@@ -196,7 +208,7 @@ def make_plan(settings: EvalSettings) -> Plan:
         if task.reference() not in ("", AUTO) and task.reference() not in [spec.name for spec in specs]:
             known = ", ".join(spec.name for spec in specs)
             raise ConfigError(f"{name}.reference: expected {AUTO} or one of {known}, found {task.reference()!r}")
-        units += [Unit(task=name, spec=spec, key=unit_key(task, spec, plan)) for spec in specs]
+        units += task_units(task, specs, plan, cohort)
     if not units:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in skipped)
         raise DataError(f"{settings.dataset}: no task can be run ({reasons})")
@@ -216,10 +228,27 @@ def scaled_by_dataset(spec: MethodSpec, contract: InputContract) -> MethodSpec:
     )
 
 
-def unit_key(task: Task, spec: MethodSpec, plan: Plan) -> str:
+def task_units(task: Task, specs: list[MethodSpec], plan: Plan, cohort: Cohort) -> list[Unit]:
+    """List the units of a task, each with what must be done before."""
+    data = task.hashed_data(cohort)
+    units = []
+    for spec in specs:
+        needs = tuple(
+            Unit(task=task.name, spec=needed, key=unit_key(task, needed, plan, data), is_preparation=True)
+            for needed in task.prepared(spec)
+        )
+        for part in task.parts(spec, cohort):
+            piece = replace(spec, part=part)
+            units.append(Unit(task=task.name, spec=piece, key=unit_key(task, piece, plan, data), needs=needs))
+    return units
+
+
+def unit_key(task: Task, spec: MethodSpec, plan: Plan, data: str = "") -> str:
     """Return the hash of everything that a unit's numbers depend on, and of nothing else."""
+    more = {name: value for name, value in (("part", spec.part), ("more data", data)) if value}
     return config_hash(
         {
+            **more,
             "task": task.name,
             "version": task.version,
             "settings": task.hashed_settings(),

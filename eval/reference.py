@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from eval.make_scores import sums_by_condition
 from eval.models import MethodSpec
-from eval.task import Task, UnitOutput, sums_by_condition
+from eval.task import Task, UnitOutput
 
 AUTO = "auto"
 NUM_VALIDATION = 200

@@ -14,11 +14,12 @@ import pandas as pd
 from brainlm.errors import DataError, StoreError
 from brainlm.intervals import FloatArray, Metric, metric_value
 from brainlm.store import Store
+from eval.make_scores import sums_by_condition
 from eval.models import MethodSpec
 from eval.planning import make_task
 from eval.results import FILE_NAME, ConditionValue, Score, read_scores
 from eval.settings import TASKS, EvalSettings
-from eval.task import FOLDER, Grouping, UnitOutput, sums_by_condition
+from eval.task import FOLDER, Grouping, UnitOutput
 
 RUN = "run.json"
 MINUS_REFERENCE = "_minus_reference"

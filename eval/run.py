@@ -18,13 +18,15 @@ from brainlm.config import load_config, parse_entry_args, to_yaml
 from brainlm.errors import BrainLMError
 from brainlm.store import Store
 from eval.artifacts import command_line, write_examples, write_forecast_curves, write_parcels, write_run
+from eval.clinical.tables import write_clinical
 from eval.fan_out import run_units
+from eval.make_scores import make_scores
 from eval.planning import Plan, make_plan, make_tasks
 from eval.reference import choose_reference
 from eval.results import Score, write_scores
 from eval.settings import EvalSettings
 from eval.summary import summary
-from eval.task import ScoreContext, Unit, is_done, make_scores, read_output
+from eval.task import ScoreContext, Unit, is_done, read_output, together
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,16 +97,22 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
     )
     scores: list[Score] = []
     for name, task in make_tasks(settings).items():
-        outputs = [(unit.spec, read_output(store, unit)) for unit in done if unit.task == name]
+        outputs = together([(unit.spec, read_output(store, unit)) for unit in done if unit.task == name])
         if not outputs:
             continue
-        reference = choose_reference(task, outputs)
-        scores += make_scores(task, outputs, context, reference)
+        own = task.scores(outputs, context)
+        if own is not None:
+            scores += own
+        else:
+            reference = choose_reference(task, outputs)
+            scores += make_scores(task, outputs, context, reference)
         if name == "reconstruction":
             write_parcels(store, outputs, plan.dataset.contract.atlas)
             write_examples(store, outputs, plan)
         elif name == "forecasting":
             write_forecast_curves(store, outputs, settings.intervals, reference)
+        elif name == "clinical":
+            write_clinical(store, outputs, settings.intervals)
     write_scores(store, scores)
     return scores
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, field
 from brainlm.config import Section
 from brainlm.dataset import Split
 from brainlm.errors import ConfigError
+from eval.clinical.settings import ClinicalSettings
 from eval.external import is_external
 from eval.models import ScaledBy
 from eval.tasks.forecasting import ForecastingSettings
 from eval.tasks.networks import NetworksSettings
 from eval.tasks.reconstruction import ReconstructionSettings
 
-TASKS = ("reconstruction", "forecasting", "networks")
+TASKS = ("reconstruction", "forecasting", "clinical", "networks")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,7 @@ class EvalSettings(Section):
     """Score subjects that a checkpoint was trained on; every score is then marked."""
     reconstruction: ReconstructionSettings = field(default_factory=ReconstructionSettings)
     forecasting: ForecastingSettings = field(default_factory=ForecastingSettings)
+    clinical: ClinicalSettings = field(default_factory=ClinicalSettings)
     networks: NetworksSettings = field(default_factory=NetworksSettings)
     intervals: IntervalsSettings = field(default_factory=IntervalsSettings)
     ray: RaySettings = field(default_factory=RaySettings)

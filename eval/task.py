@@ -18,17 +18,16 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from brainlm.errors import StoreError
-from brainlm.intervals import Metric, bootstrap_counts, bootstrap_difference, bootstrap_interval, metric_value
-from brainlm.significance import holm, paired_p_value
+from brainlm.errors import ConfigError, StoreError
+from brainlm.intervals import Metric
 from brainlm.store import Store
 from eval.cohort import Cohort
 from eval.models import MethodSpec
-from eval.results import Score, StatisticsFrom
+from eval.results import Score
 
 FOLDER = "subjects"
-Key = tuple[int, tuple[Any, ...]]
-"""A grouping of a task by number, and the values of its conditions."""
+Features = Mapping[str, NDArray[Any]]
+"""Arrays by name, one row a recording."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +37,11 @@ class Runtime:
     batch_size: int = 8
     device: str = "cpu"
     untrained_seed: int = 0
+    threads: int = 1
+    out: str = ""
+    """Results folder."""
+    prepared: Mapping[str, Features] = field(default_factory=dict)
+    """What the units that this one needs have left, by the name of their method."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +72,20 @@ class Grouping:
     not_in_reference: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, kw_only=True)
+class ScoreContext:
+    """What scores of one run share."""
+
+    dataset: str
+    dataset_hash: str
+    split: str
+    num_bootstrap: int
+    num_exchanges: int
+    seed: int
+    level: float
+    notes: tuple[str, ...] = ()
+
+
 class Task(Protocol):
     """One benchmark. What is not said below has a default that fits a simple one."""
 
@@ -92,8 +110,29 @@ class Task(Protocol):
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         """Score one method."""
 
+    def parts(self, spec: MethodSpec, cohort: Cohort) -> list[str]:
+        """List the pieces that a method's work is divided into, each a unit with ``spec.part``; [""] = in one."""
+        return [""]
+
+    def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
+        """List what must be computed before by `prepare`, and may be shared with other methods."""
+        return []
+
+    def prepare(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> Features:
+        """Compute one of `prepared`: ``runtime.prepared[spec.name]`` for the units that need it."""
+        raise ConfigError(f"{self.name} prepares nothing, found {spec.name}")
+
+    def hashed_data(self, cohort: Cohort) -> str:
+        """Return a hash of what the numbers depend on besides the data set and the settings, "" if nothing."""
+        return ""
+
+    def scores(self, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext) -> list[Score] | None:
+        """Make the scores, where they are no functions of sums; None = they are, `groupings` says of which."""
+        return None
+
     def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
         """Divide the tables of all methods into parts that are resampled alike."""
+        return []
 
     def reference(self) -> str:
         """Name the baseline that every method is compared with: ``auto`` = the best on validation, "" = none."""
@@ -107,14 +146,19 @@ class Unit:
     task: str
     spec: MethodSpec
     key: str
+    needs: tuple[Unit, ...] = ()
+    """Units that must be done before."""
+    is_preparation: bool = False
+    """It leaves arrays that others need, and no table of results."""
 
     @property
     def stem(self) -> str:
-        return f"{FOLDER}/{self.task}--{re.sub(r'[^A-Za-z0-9_.]+', '-', self.spec.name).strip('-')}--{self.key}"
+        what = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{self.spec.name} {self.spec.part}").strip("-")
+        return f"{FOLDER}/{self.task}--{what}--{self.key}"
 
     @property
     def label(self) -> str:
-        return f"{self.task}: {self.spec.name}"
+        return f"{self.task}: {self.spec.name}" + (f", {self.spec.part}" if self.spec.part else "")
 
 
 def is_done(store: Store, unit: Unit) -> bool:
@@ -155,6 +199,54 @@ def read_output(store: Store, unit: Unit) -> UnitOutput:
     return UnitOutput(table=table, examples=examples or {}, **more)
 
 
+def together(outputs: Sequence[tuple[MethodSpec, UnitOutput]]) -> list[tuple[MethodSpec, UnitOutput]]:
+    """Put the pieces of each method's work together, in the order in which methods first appear."""
+    pieces: dict[str, list[tuple[MethodSpec, UnitOutput]]] = {}
+    for spec, output in outputs:
+        pieces.setdefault(spec.name, []).append((spec, output))
+    found = []
+    for of_one in pieces.values():
+        spec, first = of_one[0]
+        if len(of_one) > 1:
+            validations = [output.validation for _, output in of_one if output.validation is not None]
+            first = replace(
+                first,
+                table=pd.concat([output.table for _, output in of_one], ignore_index=True),
+                validation=pd.concat(validations, ignore_index=True) if validations else None,
+            )
+        found.append((replace(spec, part=""), first))
+    return found
+
+
+def write_features(store: Store, unit: Unit, features: Features) -> None:
+    """Write what a preparation made, and last the list of it: a unit with a list is complete."""
+    for name, array in features.items():
+        with store.new_file(f"{unit.stem}.{name}.npy") as path, path.open("wb") as file:
+            np.save(file, array, allow_pickle=False)
+    store.write_bytes(f"{unit.stem}.parquet", to_parquet(pd.DataFrame({"feature": list(features)})))
+
+
+def read_features(store: Store, unit: Unit) -> dict[str, NDArray[Any]]:
+    """Read what `write_features` left; from a local disk it is mapped, not copied to memory.
+
+    Raises
+    ------
+    StoreError
+        If a file is damaged, naming the files to remove.
+    """
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        names = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parquet")))["feature"]
+        for name in names:
+            file = f"{unit.stem}.{name}.npy"
+            source = store.path(file) if store.is_local else io.BytesIO(store.read_bytes(file))
+            found[name] = np.load(source, mmap_mode="r" if store.is_local else None, allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        files = f"{store.url_of(unit.stem)}.*"
+        raise StoreError(f"{files} is damaged; remove these files and run again: {error}") from error
+    return found
+
+
 def to_parquet(frame: pd.DataFrame) -> bytes:
     buffer = io.BytesIO()
     frame.to_parquet(buffer, index=False)
@@ -165,158 +257,3 @@ def to_npz(arrays: Mapping[str, NDArray[Any]]) -> bytes:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
     return buffer.getvalue()
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScoreContext:
-    """What scores of one run share."""
-
-    dataset: str
-    dataset_hash: str
-    split: str
-    num_bootstrap: int
-    num_exchanges: int
-    seed: int
-    level: float
-    notes: tuple[str, ...] = ()
-
-
-def unit_sums(frame: pd.DataFrame, unit: str) -> pd.DataFrame:
-    """Add up a table's sums per resampled unit, in the order in which units first appear."""
-    numeric = frame.select_dtypes("number").columns
-    return frame.groupby(unit, sort=False)[list(numeric)].sum()
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """The sums of one method under one condition, one row a resampled unit (subject, family or parcel).
-
-    ``bare`` is the key of the same condition for a reference baseline, which knows fewer conditions.
-    """
-
-    frame: pd.DataFrame
-    grouping: Grouping
-    condition: dict[str, str | int | float]
-    bare: Key
-    num_subjects: int
-    num_recordings: int
-
-    @property
-    def by_name(self) -> dict[str, NDArray[np.float64]]:
-        return {str(name): self.frame[name].to_numpy(np.float64) for name in self.frame.columns}
-
-    def value(self) -> float:
-        """Return the first metric over all units."""
-        return metric_value(self.by_name, next(iter(self.grouping.metrics.values())))
-
-
-def sums_by_condition(task: Task, table: pd.DataFrame) -> dict[Key, Sums]:
-    """Add up one method's table for each of the task's groupings and conditions."""
-    found: dict[Key, Sums] = {}
-    for number, (frame, grouping) in enumerate(task.groupings(table)):
-        names = grouping.conditions
-        for key, rows in frame.groupby(list(names), sort=False):
-            values = tuple(key)
-            num_subjects, num_recordings = _num_distinct(rows)
-            found[number, values] = Sums(
-                frame=unit_sums(rows.drop(columns=list(names)), grouping.unit),
-                grouping=grouping,
-                condition={name: _plain(value) for name, value in zip(names, values) if value != ""},
-                bare=(number, tuple("" if c in grouping.not_in_reference else v for c, v in zip(names, values))),
-                num_subjects=num_subjects,
-                num_recordings=num_recordings,
-            )
-    return found
-
-
-def make_scores(
-    task: Task, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext, reference: str
-) -> list[Score]:
-    """Turn the tables of all methods of one task into scores with intervals.
-
-    Every method is also compared with the baseline `reference` ("" = none) under the same condition: metric
-    ``<first metric>_minus_reference``, paired by resampled unit, with its p value. P values are corrected for all
-    comparisons of the task (Holm).
-    """
-    scores: list[Score] = []
-    tables = {spec.name: sums_by_condition(task, output.table) for spec, output in outputs}
-    specs = {spec.name: spec for spec, _ in outputs}
-    for key in dict.fromkeys(key for table in tables.values() for key in table):
-        for name in (name for name, table in tables.items() if key in table):
-            sums = tables[name][key]
-            spec = specs[name]
-            common = _common(task, spec, sums, context)
-            counts = bootstrap_counts(len(sums.frame), context.num_bootstrap, context.seed)
-            for metric_name, metric in sums.grouping.metrics.items():
-                low, high = bootstrap_interval(sums.by_name, metric, counts, context.level)
-                value = metric_value(sums.by_name, metric)
-                scores.append(_score(common, metric_name, value, low, high, sums.condition))
-            theirs = tables.get(reference, {}).get(sums.bare)
-            if theirs is not None and name != reference and list(theirs.frame.index) == list(sums.frame.index):
-                metric_name, metric = next(iter(sums.grouping.metrics.items()))
-                low, high = bootstrap_difference(sums.by_name, theirs.by_name, metric, counts, context.level)
-                p_value = paired_p_value(sums.by_name, theirs.by_name, metric, context.num_exchanges, context.seed)
-                condition = {**sums.condition, "reference": reference}
-                difference = sums.value() - theirs.value()
-                compared = _score(common, f"{metric_name}_minus_reference", difference, low, high, condition)
-                scores.append(replace(compared, p_value=_or_none(p_value)))
-    return _corrected(scores)
-
-
-def _common(task: Task, spec: MethodSpec, sums: Sums, context: ScoreContext) -> dict[str, Any]:
-    notes = spec.notes + context.notes
-    unit, num_units = sums.grouping.unit, len(sums.frame)
-    if unit != "group":
-        notes += (f"interval over {unit}s, not over subjects",)
-    elif num_units < sums.num_subjects:
-        notes += ("subjects of one family are resampled together",)
-    if num_units < 2:
-        notes += ("nothing to resample: no interval",)
-    statistics_from: StatisticsFrom = "checkpoint" if spec.checkpoint and spec.scaled_by == "checkpoint" else "cohort"
-    return {
-        "task": task.name,
-        "version": task.version,
-        "dataset": context.dataset,
-        "dataset_hash": context.dataset_hash,
-        "split": context.split,
-        "model": spec.name,
-        "model_kind": spec.kind,
-        "model_hash": spec.model_hash,
-        "num_subjects": sums.num_subjects,
-        "num_recordings": sums.num_recordings,
-        "statistics_from": statistics_from,
-        "notes": notes,
-    }
-
-
-def _score(
-    common: dict[str, Any], metric: str, value: float, low: float, high: float, condition: dict[str, Any]
-) -> Score:
-    ends = {"ci_low": _or_none(low), "ci_high": _or_none(high), "condition": dict(condition)}
-    return Score(metric=metric, value=value, **common | ends)
-
-
-def _corrected(scores: list[Score]) -> list[Score]:
-    tested = [number for number, score in enumerate(scores) if score.p_value is not None]
-    corrected = dict(zip(tested, holm([scores[number].p_value or 0.0 for number in tested])))
-    return [
-        replace(score, p_corrected=corrected[number]) if number in corrected else score
-        for number, score in enumerate(scores)
-    ]
-
-
-def _num_distinct(rows: pd.DataFrame) -> tuple[int, int]:
-    if "num_subjects" in rows.columns:  # group level: a row is a parcel, averaged over recordings
-        return int(rows["num_subjects"].iloc[0]), int(rows["num_recordings"].iloc[0])
-    return int(rows["subject"].nunique()), int(rows["recording"].nunique())
-
-
-def _plain(value: Any) -> str | int | float:
-    if isinstance(value, np.generic):
-        value = value.item()
-    assert isinstance(value, str | int | float)
-    return value
-
-
-def _or_none(value: float) -> float | None:
-    return value if np.isfinite(value) else None

@@ -88,7 +88,8 @@ class People:
     def confounds(self, columns: Sequence[str]) -> FloatArray:
         """Return confounds as columns of numbers, shape (rows, C), NaN where a number is missing.
 
-        Text, and ``site``, become a column a value; columns that the data set lacks are left out.
+        Text, and ``site``, become a column a value; a column in which numbers are missing brings another one, 1 where
+        they are; columns that the data set lacks are left out.
         """
         found: list[FloatArray] = []
         for column in columns:
@@ -99,7 +100,9 @@ class People:
                 labels = np.array([label_of(value) for value in values])
                 found += [(labels == label).astype(np.float64) for label in sorted(set(labels) - {""})]
             else:
-                found.append(numbers(column, values))
+                x = numbers(column, values)
+                missing = np.isnan(x)
+                found += [x, missing.astype(np.float64)] if missing.any() else [x]
         return np.stack(found, axis=1) if found else np.zeros((len(self), 0))
 
     def identifiers(self, row: int) -> dict[str, str]:

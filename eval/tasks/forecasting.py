@@ -17,7 +17,7 @@ from eval.cohort import BoolArray, Cohort, Window
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION
 from eval.scoring import METRICS, SUMS, Centring, predict_windows, window_sums
-from eval.task import Grouping, Runtime, UnitOutput
+from eval.task import Grouping, Runtime, Task, UnitOutput
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class ForecastingSettings(Section):
         check_names(self.baselines)
 
 
-class Forecasting:
+class Forecasting(Task):
     """Observe the beginning of a window and predict its last timepoints.
 
     Nothing of the future is used: each parcel is centred on the mean of its observed part. Only `optimum` is given

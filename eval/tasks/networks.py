@@ -16,7 +16,7 @@ from eval.features import attention, functional_connectivity, recording_windows,
 from eval.models import MethodSpec, Network, load_network
 from eval.neighbours import FOLD_KINDS, FoldKind, IntArray, classify, majority, make_folds
 from eval.results import ModelKind
-from eval.task import Grouping, Runtime, UnitOutput
+from eval.task import Grouping, Runtime, Task, UnitOutput
 
 PERMUTED = "permuted series"
 
@@ -65,7 +65,7 @@ class LabelledParcels:
     folds: Mapping[FoldKind, IntArray]
 
 
-class Networks:
+class Networks(Task):
     """Tell a parcel's network from its features, parcel by parcel.
 
     Folds are the same for every recording and method. Level ``recording`` classifies within each recording (the paper;

@@ -23,7 +23,7 @@ from eval.masks import draw_mask
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION
 from eval.scoring import METRICS, SUMS, Centring, Scored, predict_windows, window_sums
-from eval.task import Grouping, Runtime, UnitOutput
+from eval.task import Grouping, Runtime, Task, UnitOutput
 
 BASELINES = ("mean", "interpolation", "gaussian", "gaussian space x time", "gaussian adapted")
 
@@ -73,7 +73,7 @@ class ReconstructionSettings(Section):
             raise ConfigError("reconstruction: numbers of windows must be at least 1")
 
 
-class Reconstruction:
+class Reconstruction(Task):
     """Hide tokens, rebuild them, score hidden values only.
 
     Every method sees the same masks. Parcels that are missing or do not vary are not scored, nor are censored

@@ -19,9 +19,10 @@ from eval.baselines.forecasters import MAKERS, ForecasterSettings, forecaster_sp
 from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.baselines.ridge_var import fit_var, lagged_covariances
 from eval.cohort import Cohort
+from eval.make_scores import sums_by_condition
 from eval.models import MethodSpec
 from eval.scoring import predict_windows, window_sums
-from eval.task import Runtime, sums_by_condition
+from eval.task import Runtime
 from eval.tasks.forecasting import Forecasting, ForecastingSettings, future_mask
 
 HORIZON = 10

@@ -1,0 +1,38 @@
+"""The corrected resampled t test of Nadeau and Bengio (2003, Machine Learning 52, Sec. 3.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def resampled_t_p_value(differences: NDArray[np.float64], test_share: float) -> float:
+    """Return the two-sided p value of a mean difference over folds.
+
+    Training rows of folds overlap, so that the differences vary less than they would over new people; the variance of
+    their mean is taken as (1 / J + test / train) times theirs.
+
+    Parameters
+    ----------
+    differences : ndarray, shape (J,), float64
+        Of two methods in each fold of each repeat; NaN where not defined, which is left out.
+    test_share : float
+        Tested rows over training rows.
+
+    Returns
+    -------
+    float
+        NaN for fewer than two folds; 1 where the methods never differ.
+    """
+    from scipy.stats import t
+
+    known = differences[np.isfinite(differences)]
+    if len(known) < 2:
+        return float("nan")
+    if not known.any():
+        return 1.0
+    variance = float(known.var(ddof=1)) * (1 / len(known) + test_share)
+    if variance == 0:  # the same difference everywhere: nothing is known of how it varies
+        return float("nan")
+    p = 2 * float(t.sf(abs(float(known.mean())) / np.sqrt(variance), df=len(known) - 1))
+    return max(p, float(np.finfo(np.float64).tiny))

@@ -1,0 +1,165 @@
+"""The work of one method in one fold: every target, with and without confounds, and the tables that it leaves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from brainlm.targets import Target, TargetSettings, label_of, numbers
+from eval.clinical.folds import Fold
+from eval.clinical.people import People
+from eval.clinical.problem import Answer, FloatArray, IntArray, Predictor, Problem
+from eval.clinical.settings import ClinicalSettings
+
+KEPT, REMOVED = "kept", "removed"
+PROBABILITY = "p "
+"""Begins the name of a column of probabilities; the class follows."""
+BY = "by "
+"""Begins the name of a column by which people are told apart."""
+_PERMUTED = 0x9F
+MakePredictor = Callable[[TargetSettings], Predictor]
+
+
+def work(
+    people: People,
+    fold: Fold,
+    settings: ClinicalSettings,
+    make: MakePredictor,
+    *,
+    removals: Sequence[str],
+    readout: str = "",
+    permuted: bool = False,
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Learn each target in a fold and answer for its test rows.
+
+    Parameters
+    ----------
+    make : callable
+        Gives the predictor of a target.
+    removals : sequence of {"kept", "removed"}
+        Whether confounds are removed from the features.
+    permuted : bool
+        Learn from the values of other training subjects.
+
+    Returns
+    -------
+    answers : DataFrame
+        One row a target, removal and tested recording whose value is known.
+    fits : DataFrame
+        One row a target and removal: sizes, loss on validation, settings that were chosen.
+    """
+    tables, fits = [], []
+    for wanted in settings.targets:
+        values = people.values(wanted.column)
+        known = known_values(wanted, values)
+        rows = replace(fold, train=fold.train[known[fold.train]], test=fold.test[known[fold.test]])
+        if not len(rows.train) or not len(rows.test):
+            continue
+        target = Target.fit(wanted, _of_subjects(values, people, rows.train, wanted.column))
+        learned = _permuted(values, people, rows.train, settings.seed, wanted.column) if permuted else values
+        y = target.encode([learned[row] for row in rows.train])[0].astype(np.float64)
+        predictor = make(wanted)
+        for removal in removals:
+            problem = Problem(
+                target=target,
+                train=rows.train,
+                y=y,
+                groups=people.groups[rows.train],
+                test=rows.test,
+                nuisance=confounds_of(people, settings, wanted) if removal == REMOVED else None,
+                seed=settings.seed + fold.repeat,
+            )
+            answer = predictor.answer(problem)
+            about: dict[str, Any] = {"target": wanted.column, "kind": wanted.kind, "readout": readout}
+            about |= {"folds": fold.kind, "confounds": removal, "repeat": fold.repeat, "fold": fold.name}
+            table = _answers(about, target, values, people, rows.test, answer, classes_of(wanted, values))
+            tables.append(table.assign(**_labels(people, rows.test, settings.by)))
+            sizes = {"num_train": len(rows.train), "num_test": len(rows.test)}
+            fits.append(about | sizes | {"validation_loss": answer.validation_loss, "chosen": answer.chosen})
+    return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), pd.DataFrame(fits)
+
+
+def known_values(wanted: TargetSettings, values: Sequence[object]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Say of which rows the value is known."""
+    if wanted.kind == "classification":
+        return np.array([bool(label_of(value)) for value in values], dtype=bool)
+    return np.isfinite(numbers(wanted.column, values))
+
+
+def classes_of(wanted: TargetSettings, values: Sequence[object]) -> list[str]:
+    """Return the classes in order; of a regression none."""
+    return sorted({label_of(value) for value in values} - {""}) if wanted.kind == "classification" else []
+
+
+def confounds_of(people: People, settings: ClinicalSettings, wanted: TargetSettings) -> FloatArray:
+    """Return the confounds of a target, (rows, C): all that are set and there, but itself."""
+    return people.confounds([name for name in settings.confounds if name != wanted.column])
+
+
+def _labels(people: People, rows: IntArray, columns: Sequence[str]) -> dict[str, list[str]]:
+    found = {}
+    for column in columns:
+        if people.source.has(column):
+            labels = [label_of(value) for value in people.values(column)]
+            found[f"{BY}{column}"] = [labels[row] for row in rows]
+    return found
+
+
+def _of_subjects(values: Sequence[object], people: People, rows: IntArray, column: str) -> list[object]:
+    """Return the values of training subjects, one each; of a column that differs within subjects, of recordings."""
+    if not people.source.is_of_subjects(column):
+        return [values[row] for row in rows]
+    return list({people.members[row].subject: values[row] for row in rows}.values())
+
+
+def _permuted(values: Sequence[object], people: People, rows: IntArray, seed: int, column: str) -> list[object]:
+    """Return the values with those of the training subjects exchanged among them."""
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PERMUTED, seed, len(rows)])))
+    found = list(values)
+    if not people.source.is_of_subjects(column):
+        for row, other in zip(rows, rng.permutation(rows), strict=True):
+            found[row] = values[other]
+        return found
+    of_subject = {people.members[row].subject: values[row] for row in rows}
+    subjects = list(of_subject)
+    exchanged = dict(zip(subjects, (of_subject[subjects[i]] for i in rng.permutation(len(subjects))), strict=True))
+    for row in rows:
+        found[row] = exchanged[people.members[row].subject]
+    return found
+
+
+def _answers(
+    about: dict[str, Any],
+    target: Target,
+    values: Sequence[object],
+    people: People,
+    rows: IntArray,
+    answer: Answer,
+    classes: Sequence[str],
+) -> pd.DataFrame:
+    found = answer.values
+    if found.shape != (len(rows), target.num_outputs) or not np.isfinite(found).all():
+        raise ValueError(
+            f"a predictor of {target.column} answered with shape {found.shape} for {len(rows)} rows and "
+            f"{target.num_outputs} outputs, or with what is not finite"
+        )
+    table = pd.DataFrame([people.identifiers(int(row)) for row in rows]).assign(**about)
+    truth = [values[row] for row in rows]
+    if target.kind == "regression":
+        predicted = [target.original(float(u)) for u in found[:, 0]]
+        return table.assign(
+            truth=numbers(target.column, truth),
+            predicted=predicted,
+            truth_t=target.transformed(truth),
+            predicted_t=found[:, 0] * target.sd + target.mean,
+            label="",
+        )
+    labels = [label_of(value) for value in truth]
+    columns: dict[str, Any] = {f"{PROBABILITY}{label}": 0.0 for label in classes}
+    columns |= {f"{PROBABILITY}{label}": found[:, i] for i, label in enumerate(target.classes)}
+    truth_number = np.array([classes.index(label) for label in labels], dtype=np.float64)
+    return table.assign(truth=truth_number, label=labels).assign(**columns)
