@@ -59,7 +59,7 @@ class Answers:
         return sorted(self.frame["group"].unique())
 
     @cached_property
-    def repeats(self) -> list[tuple[Rows, NDArray[np.int64]]]:
+    def repeats(self) -> list[tuple[Rows, NDArray[np.integer[Any]]]]:
         """The rows of each repeat, and the number of the group of each."""
         number = {group: i for i, group in enumerate(self.groups)}
         found = []

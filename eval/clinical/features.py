@@ -58,7 +58,8 @@ def raw_series(people: People) -> Features:
 def embeddings(people: People, model: Any, batch_size: int, per_parcel: bool) -> Features:
     """Return ``cls`` and ``pooled`` (rows, D), float32: means over the windows of a recording, nothing hidden.
 
-    With `per_parcel` also ``parcels`` (rows, P, D), float16, NaN for parcels that the network was not shown.
+    With `per_parcel` also ``parcels`` (rows, P, D), float16, NaN for parcels that the network was not shown, and
+    ``parcels_gram``, their inner products, with the mean over all recordings for what was not shown.
     """
     found: dict[str, list[NDArray[Any]]] = {"cls": [], "pooled": []}
     for row in range(len(people)):
@@ -69,4 +70,10 @@ def embeddings(people: People, model: Any, batch_size: int, per_parcel: bool) ->
         found["pooled"].append(embedded.mean_pooled)
         if embedded.mean_parcels is not None:
             found.setdefault("parcels", []).append(embedded.mean_parcels.astype(np.float16))
-    return {name: np.stack(rows) for name, rows in found.items()}
+    arrays = {name: np.stack(rows) for name, rows in found.items()}
+    if per_parcel:
+        parcels = arrays["parcels"]
+        mean = np.nanmean(parcels, axis=0, dtype=np.float64) if np.isfinite(parcels).any() else 0.0
+        # About the mean of all, so that inner products keep their digits; folds take their own mean off again.
+        arrays["parcels_gram"] = gram_of(lambda row: np.nan_to_num(parcels[row] - mean).ravel(), len(parcels))
+    return arrays

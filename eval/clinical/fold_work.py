@@ -70,7 +70,7 @@ def work(
                 y=y,
                 groups=people.groups[rows.train],
                 test=rows.test,
-                nuisance=confounds_of(people, settings, wanted) if removal == REMOVED else None,
+                nuisance=_filled(confounds_of(people, settings, wanted), rows.train) if removal == REMOVED else None,
                 seed=settings.seed + fold.repeat,
             )
             answer = predictor.answer(problem)
@@ -114,6 +114,13 @@ def _of_subjects(values: Sequence[object], people: People, rows: IntArray, colum
     if not people.source.is_of_subjects(column):
         return [values[row] for row in rows]
     return list({people.members[row].subject: values[row] for row in rows}.values())
+
+
+def _filled(columns: FloatArray, train: IntArray) -> FloatArray:
+    """Return columns with the mean over the training rows where a value is missing."""
+    known = np.isfinite(columns[train])
+    mean = np.where(known, columns[train], 0.0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    return np.where(np.isfinite(columns), columns, mean)
 
 
 def _permuted(values: Sequence[object], people: People, rows: IntArray, seed: int, column: str) -> list[object]:

@@ -9,7 +9,7 @@ import numpy as np
 from eval.clinical.coordinates import Coordinates
 from eval.clinical.problem import Answer, FloatArray, Problem, constant_answer, loss
 
-RIDGE = tuple(np.logspace(-4, 4, 17).tolist())
+RIDGE = tuple(np.logspace(-6, 4, 21).tolist())
 """Penalties, as multiples of the mean squared coordinate."""
 LOGISTIC = tuple(np.logspace(-3, 4, 8).tolist())
 MAX_ITER = 2000

@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from eval.clinical.attentive import AttentiveProbe
-from eval.clinical.gcn import GCN
-from eval.clinical.lstm import ClinicalLSTM
-from eval.clinical.mlp import MLPOnComponents
 from numpy.typing import NDArray
 
 from brainlm.errors import ConfigError
+from eval.clinical.attentive import AttentiveProbe
 from eval.clinical.coordinates import FeatureCoordinates, GramCoordinates
 from eval.clinical.folds import Fold
+from eval.clinical.gcn import GCN
 from eval.clinical.linear import Linear
+from eval.clinical.lstm import ClinicalLSTM
+from eval.clinical.mlp import MLPOnComponents
 from eval.clinical.people import People
 from eval.clinical.problem import Answer, FloatArray, Predictor, Problem, constant_answer, loss
-from eval.clinical.settings import ClinicalSettings, Readout
+from eval.clinical.settings import ClinicalSettings
 from eval.clinical.support_vectors import SupportVectors
 from eval.clinical.tangent import tangent_coordinates
 
@@ -31,8 +31,8 @@ NEEDED = {
     "FC tangent, linear": COVARIANCES,
     "raw series, SVR": RAW_SERIES,
 }
-END_TO_END = ("LSTM", "GCN", "attentive", "fine-tuned")
-"""They learn from series, graphs or tokens: there are no columns that confounds could be removed from."""
+END_TO_END = ("LSTM", "GCN", "fine-tuned")
+"""They learn from series or graphs: there are no columns that confounds could be removed from."""
 RAW_COMPONENTS = 100
 
 
@@ -80,11 +80,13 @@ def baseline_predictor(
 
 
 def readout_predictor(
-    readout: Readout, arrays: Mapping[str, NDArray[Any]], settings: ClinicalSettings, device: str
+    readout: str, arrays: Mapping[str, NDArray[Any]], settings: ClinicalSettings, device: str
 ) -> Predictor:
-    """Return a readout of embeddings."""
+    """Return a readout of embeddings: ``linear``, ``SVR``, ``parcels`` or ``attentive``."""
     if readout == "attentive":
         return AttentiveProbe(arrays["parcels"], settings.fit, device=device)
+    if readout == "parcels":
+        return Linear(GramCoordinates(arrays["parcels_gram"]))
     coordinates = FeatureCoordinates(arrays[settings.embedding])
     return Linear(coordinates) if readout == "linear" else SupportVectors(coordinates)
 

@@ -10,7 +10,7 @@ from brainlm.errors import ConfigError
 from brainlm.fitting import FitSettings
 from brainlm.targets import TargetSettings
 
-Readout = Literal["linear", "SVR", "attentive", "fine-tuned"]
+Readout = Literal["linear", "SVR", "parcels", "attentive", "fine-tuned"]
 BASELINES = ("FC, linear", "FC tangent, linear", "FC, SVR", "raw series, SVR", "FC, MLP", "LSTM", "GCN")
 FoldKind = Literal["random", "sites"]
 
@@ -29,13 +29,16 @@ class ClinicalSettings(Section):
     """Random divisions into folds; scores are averaged over them."""
     fold_kinds: tuple[FoldKind, ...] = ("random", "sites")
     """``sites``: every site is tested once, by what was learned at the others; left out where there is one site."""
-    readouts: tuple[Readout, ...] = ("linear", "SVR", "attentive")
-    """Of what the encoder makes of a recording. ``fine-tuned`` trains it too, with `finetune`."""
+    readouts: tuple[Readout, ...] = ("linear", "SVR", "parcels", "attentive")
+    """Of what the encoder makes of a recording. ``linear`` and ``SVR`` read one vector (`embedding`); ``parcels`` is
+    linear in the embeddings of all parcels side by side, ``attentive`` in their mean weighted by a learned query;
+    ``fine-tuned`` trains the encoder too, with `finetune`."""
     finetune: str | None = None
     """A configuration of train/finetune.py, for the readout ``fine-tuned``: targets, split and checkpoint are set
     here."""
-    embedding: Literal["cls", "pooled"] = "cls"
-    """What ``linear`` and ``SVR`` read: the CLS token, or the mean over the others."""
+    embedding: Literal["cls", "pooled"] = "pooled"
+    """What ``linear`` and ``SVR`` read: the CLS token, which no loss of pretraining asks for anything, or the mean over
+    the others."""
     baselines: tuple[str, ...] = BASELINES
     confounds: tuple[str, ...] = ("site", "mean_fd_mm", "num_timepoints", "age", "sex")
     """Columns that are a method of their own, and are removed from features within folds; those that the data set

@@ -39,7 +39,7 @@ def tangent_coordinates(covariances: NDArray[np.floating], train: IntArray, test
     )
     measure.fit([_series(covariances[row]) for row in train])
     rows = np.concatenate([train, test])
-    vectors = np.stack([measure.transform([_series(covariances[row])])[0] for row in rows])
+    vectors = measure.transform([_series(covariances[row]) for row in rows])
     gram = np.zeros((len(covariances), len(covariances)))
     gram[np.ix_(rows, rows)] = vectors @ vectors.T
     return GramCoordinates(gram)

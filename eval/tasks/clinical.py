@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from brainlm.checkpoint import train_subjects
 from brainlm.config import config_hash, to_tree
 from brainlm.embedding import why_no_parcels
 from brainlm.errors import ConfigError, DataError
@@ -30,11 +32,12 @@ from eval.clinical.scores import clinical_scores
 from eval.clinical.settings import ClinicalSettings
 from eval.cohort import Cohort
 from eval.models import MethodSpec, load_network, open_model
-from eval.results import Score
+from eval.results import ModelKind, Score
 from eval.task import Features, Runtime, ScoreContext, Task, UnitOutput
 
 CONFOUNDS, CONSTANT, PERMUTED = "confounds only", "constant", "permuted targets"
 BETWEEN = " | "
+OF_PARCELS = ("parcels", "attentive")
 MIN_PEOPLE = 10
 
 
@@ -106,13 +109,13 @@ class Clinical(Task):
         readouts: Sequence[str] = self.settings.readouts
         if spec.variant == PERMUTED:
             readouts = ("linear",)
-        elif "attentive" in readouts and why_no_parcels(open_model(spec.checkpoint)):
-            readouts = [readout for readout in readouts if readout != "attentive"]
+        elif {*OF_PARCELS} & {*readouts} and why_no_parcels(open_model(spec.checkpoint)):
+            readouts = [readout for readout in readouts if readout not in OF_PARCELS]
         return [f"{readout}{BETWEEN}{label}" for readout in readouts for label in labels]
 
     def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
         if spec.checkpoint:
-            kind = "untrained" if spec.kind == "untrained" else "brainlm"
+            kind: ModelKind = "untrained" if spec.kind == "untrained" else "brainlm"
             return [replace(spec, name=f"embeddings of {_bare(spec)}", kind=kind, variant="", part="", notes=())]
         name = NEEDED.get(_bare(spec))
         return [MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1")] if name else []
@@ -127,7 +130,7 @@ class Clinical(Task):
             }
             return makers[spec.name](people)
         network = load_network(spec, runtime.untrained_seed, runtime.device, cohort.dataset.contract)
-        per_parcel = "attentive" in self.settings.readouts and not why_no_parcels(network.model)
+        per_parcel = bool({*OF_PARCELS} & {*self.settings.readouts}) and not why_no_parcels(network.model)
         return features.embeddings(people, network.model, runtime.batch_size, per_parcel)
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
@@ -180,7 +183,18 @@ class Clinical(Task):
     def _fine_tuned(
         self, spec: MethodSpec, wanted: TargetSettings, people: People, fold: Fold, runtime: Runtime
     ) -> Predictor:
-        raise NotImplementedError
+        """Return the network with a head, trained from end to end by train/finetune.py."""
+        assert self.settings.finetune is not None
+        name = re.sub(r"[^A-Za-z0-9_.]+", "-", f"{spec.name} {wanted.column} {fold.label}").strip("-")
+        return FineTuned(
+            people,
+            checkpoint=spec.checkpoint,
+            config=self.settings.finetune,
+            folder=f"{runtime.out}/finetuned/{name}",
+            untrained=spec.kind == "untrained",
+            allow_seen=spec.checkpoint not in people.cohort.pretrained or train_subjects(spec.checkpoint) is None,
+            threads=runtime.threads,
+        )
 
 
 def _permuted(spec: MethodSpec) -> MethodSpec:
