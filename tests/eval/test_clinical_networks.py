@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,11 @@ from eval.clinical.gcn import GCN, GraphNetwork, propagation
 from eval.clinical.lstm import ClinicalLSTM, Series
 from eval.clinical.mlp import MLPOnComponents
 from eval.clinical.network_fit import NetworkPredictor, divide
+from eval.clinical.people import find_people
 from eval.clinical.problem import Problem, constant_answer, loss
+from eval.clinical.settings import ClinicalSettings
+from eval.cohort import Cohort
+from tests.phenotypes import write_phenotype_dataset
 
 P, W, D = 12, 30, 8
 TRAIN, ROWS = 160, 240
@@ -291,6 +296,19 @@ def test_windows_of_the_lstm(rng: np.random.Generator) -> None:
     assert one.shape == (1, W, P)
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
+
+
+def test_the_lstm_reads_the_people_of_a_data_set(tmp_path: Path) -> None:
+    people = find_people(Cohort.of(write_phenotype_dataset(str(tmp_path / "dataset"))), ClinicalSettings())
+    values = list(np.arange(len(people)) % 7)
+    target = Target.fit(TargetSettings(column="truth"), values[:50])
+    problem = Problem(
+        target=target, train=np.arange(50), y=target.encode(values[:50])[0].astype(np.float64),
+        groups=people.groups[:50], test=np.arange(50, len(people)),
+    )  # fmt: skip
+    answer = ClinicalLSTM(people, replace(SETTINGS, steps=3), (8,)).answer(problem)
+    assert answer.values.shape == (len(people) - 50, 1)
+    assert answer.validation_loss <= 1
 
 
 def test_propagation_is_that_of_the_paper(rng: np.random.Generator) -> None:
