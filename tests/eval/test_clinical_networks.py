@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,7 +20,11 @@ from eval.clinical.gcn import GCN, GraphNetwork, propagation
 from eval.clinical.lstm import ClinicalLSTM, Series
 from eval.clinical.mlp import MLPOnComponents
 from eval.clinical.network_fit import NetworkPredictor, divide
+from eval.clinical.people import find_people
 from eval.clinical.problem import Problem, constant_answer, loss
+from eval.clinical.settings import ClinicalSettings
+from eval.cohort import Cohort
+from tests.phenotypes import write_phenotype_dataset
 
 P, W, D = 12, 30, 8
 TRAIN, ROWS = 160, 240
@@ -221,9 +226,9 @@ def test_the_mlp_learns_what_is_not_linear(rng: np.random.Generator) -> None:
 def test_attention_finds_the_parcel(truth: np.ndarray, rng: np.random.Generator) -> None:
     x = parcel_embeddings(truth, rng)
     learned = AttentiveProbe(x, replace(SETTINGS, steps=400, lrs=(3e-2,))).learn(problem_of(truth))
-    (keys, _, here), _ = learned.inputs.views(np.arange(TRAIN, ROWS))
+    (differences, here), _ = learned.inputs.views(np.arange(TRAIN, ROWS))
     with torch.no_grad():
-        weights = learned.module.attention(keys, here).numpy()
+        weights = learned.module.attention(differences, here).numpy()
     np.testing.assert_allclose(weights.sum(axis=1), 1, atol=1e-5)
     assert (weights[np.isnan(x[TRAIN:]).any(axis=2)] == 0).all()
     seen = ~np.isnan(x[TRAIN:, CARRIER]).any(axis=1)
@@ -237,18 +242,24 @@ def test_confounds_are_removed_from_embeddings(truth: np.ndarray, rng: np.random
     x = parcel_embeddings(truth, rng)
     problem = problem_of(truth, nuisance=confound)
     inputs: Any = AttentiveProbe(x, SETTINGS).read(problem)
-    (keys, values, here), _ = inputs.views(np.arange(ROWS))
-    seen = ~np.isnan(x[:, CARRIER]).any(axis=1)
-    rows = np.flatnonzero(seen[:TRAIN])
+    (differences, here), _ = inputs.views(np.arange(ROWS))
     design = np.column_stack([np.ones(ROWS), confound[:, :2]])
-    residual = x[:, CARRIER] - design @ np.linalg.lstsq(design[rows], x[rows, CARRIER], rcond=None)[0]
-    ratio = values[:, CARRIER].numpy()[seen] / residual[seen]
-    np.testing.assert_allclose(ratio, np.tile(ratio.mean(axis=0), (seen.sum(), 1)), rtol=1e-2)  # one unit a dimension
-    assert not here[:, 2].any()
-    assert not values[:, 2].any()
-    flat = keys.numpy()[:TRAIN][here.numpy()[:TRAIN]]
-    np.testing.assert_allclose(flat.mean(axis=0), 0, atol=1e-4)
-    np.testing.assert_allclose(flat.std(axis=0), 1, atol=1e-4)
+    residual = np.zeros_like(x)
+    for p in set(range(P)) - {2}:
+        rows = np.flatnonzero(~np.isnan(x[:TRAIN, p]).any(axis=1))
+        residual[:, p] = x[:, p] - design @ np.linalg.lstsq(design[rows], x[rows, p], rcond=None)[0]
+    np.testing.assert_allclose(differences, np.where(here[:, :, None], residual, 0), atol=1e-4)
+    assert here.numpy().sum() == (~np.isnan(x).any(axis=2)).sum()
+    flat = residual[:TRAIN][here[:TRAIN].numpy()]
+    np.testing.assert_allclose(inputs.cov_DD, np.cov(flat.T, bias=True), atol=1e-4)
+
+    module = AttentiveProbe(x, SETTINGS).build("one query", inputs, 1)
+    keys = (differences / module.sd_D + module.parcels_PD)[:TRAIN][here[:TRAIN]]
+    torch.testing.assert_close(keys.mean(dim=0), torch.zeros(D), atol=1e-4, rtol=0)
+    torch.testing.assert_close(keys.std(dim=0, correction=0), torch.ones(D), atol=1e-4, rtol=0)
+    shrunk = inputs.cov_DD + 0.1 * np.trace(inputs.cov_DD) / D * np.eye(D)
+    whitener = module.whitener_DD.double().numpy()
+    np.testing.assert_allclose(whitener @ shrunk @ whitener, np.eye(D), atol=1e-4)
 
     # a target that features know of through a confound alone
     assert AttentiveProbe(x, SETTINGS).answer(replace(problem, nuisance=None)).validation_loss < 0.7
@@ -285,6 +296,19 @@ def test_windows_of_the_lstm(rng: np.random.Generator) -> None:
     assert one.shape == (1, W, P)
     np.testing.assert_array_equal(one, again)
     assert not np.array_equal(one, other)
+
+
+def test_the_lstm_reads_the_people_of_a_data_set(tmp_path: Path) -> None:
+    people = find_people(Cohort.of(write_phenotype_dataset(str(tmp_path / "dataset"))), ClinicalSettings())
+    values = list(np.arange(len(people)) % 7)
+    target = Target.fit(TargetSettings(column="truth"), values[:50])
+    problem = Problem(
+        target=target, train=np.arange(50), y=target.encode(values[:50])[0].astype(np.float64),
+        groups=people.groups[:50], test=np.arange(50, len(people)),
+    )  # fmt: skip
+    answer = ClinicalLSTM(people, replace(SETTINGS, steps=3), (8,)).answer(problem)
+    assert answer.values.shape == (len(people) - 50, 1)
+    assert answer.validation_loss <= 1
 
 
 def test_propagation_is_that_of_the_paper(rng: np.random.Generator) -> None:
