@@ -26,6 +26,7 @@ from train.finetune_scores import score_run
 from train.finetune_settings import FinetuneSettings, check_finetune_settings
 from train.precision import resolve_precision
 from train.run_training import run_training
+from train.split_file import with_sha256
 from train.start_up import StartUp
 
 
@@ -50,7 +51,7 @@ def load_settings(call: Call) -> FinetuneSettings:
     settings = load_config(FinetuneSettings, call.config, call.overrides)
     if settings.engine.precision == "auto" and settings.init_from is not None and is_published(settings.init_from):
         settings = replace(settings, engine=replace(settings.engine, precision="fp32"))
-    settings = resolve_precision(settings)
+    settings = resolve_precision(replace(settings, split=with_sha256(settings.split)))
     check_finetune_settings(settings, call.world.size)
     check_combination(settings.engine)
     return settings

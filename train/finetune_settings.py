@@ -13,6 +13,8 @@ from brainlm.published import is_published
 from brainlm.targets import TargetSettings
 from train.settings import OptimizerSettings, TrainSettings, ValidationEvery, micro_batches
 
+SPLIT_SUFFIXES = (".tsv", ".csv", ".parquet")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSettings(Section):
@@ -48,6 +50,11 @@ class SplitSettings(Section):
     out. ``dataset``: the one that the data set has."""
     column: str | None = None
     """Column of subjects.parquet or recordings.parquet with train, val or test; empty = left out. Replaces `of`."""
+    file: str | None = None
+    """URL of a .tsv, .csv or .parquet with the columns recording_id (or subject) and split: train, val or test; empty,
+    or not listed = left out. Replaces `of`."""
+    file_sha256: str | None = None
+    """Of the file; null = as it is found. A run goes on with no other."""
     fractions: dict[str, float] = field(default_factory=lambda: {"train": 0.6, "val": 0.2, "test": 0.2})
     """Of a new split, in subjects."""
     folds: int | None = None
@@ -59,6 +66,12 @@ class SplitSettings(Section):
     Every result then shows it."""
 
     def __post_init__(self) -> None:
+        if self.column is not None and self.file is not None:
+            raise ConfigError("give split.column or split.file, not both")
+        if self.file is not None and not self.file.endswith(SPLIT_SUFFIXES):
+            raise ConfigError(f"split.file: expected a {', '.join(SPLIT_SUFFIXES)}, found {self.file}")
+        if self.file is None and self.file_sha256 is not None:
+            raise ConfigError("split.file_sha256 is given without split.file")
         if set(self.fractions) != {"train", "val", "test"} or not all(0 < f < 1 for f in self.fractions.values()):
             raise ConfigError(f"split.fractions: expected train, val and test above 0, found {self.fractions}")
         if abs(sum(self.fractions.values()) - 1) > 1e-6:

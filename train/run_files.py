@@ -27,6 +27,7 @@ MAY_CHANGE = {
     "run.out", "run.max_hours", "run.max_skipped", "run.log_every", "run.snapshot_every", "run.keep_snapshots",
     "engine.threads", "engine.timeout_s", "engine.zero_stage", "data.micro_batch_size",
     "run.keep_best", "engine.activation_checkpointing", "engine.offload_optimizer", "engine.compile",
+    "split.file",  # wherever it lies now: its sha256 may not
 }  # fmt: skip
 # What hosts may differ in: where they keep their metrics, and what reads no tensor of another rank.
 MAY_DIFFER = {"config.run.out", "versions.python", "versions.brainlm", "versions.safetensors"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from brainlm.errors import ConfigError
 from brainlm.folds import fold_of_group, in_order
@@ -13,6 +14,7 @@ from brainlm.members import Member, Members
 from brainlm.store import Store
 from brainlm.train_subjects import TrainSubjects
 from train.finetune_settings import SplitSettings
+from train.split_file import read_split_file
 
 ROLES = ("train", "val", "test")
 SPLIT = "split.parquet"
@@ -66,8 +68,17 @@ def split_subjects(
             "the checkpoint does not say whom it was pretrained on: its scores on these subjects may be too high. Set "
             "split.allow_pretraining_subjects=true to go on; every result then shows it"
         )
+    where = f"split.of={settings.of}"
     if settings.column is not None:
-        role_of = _given(source, settings.column, members, left_out)
+        where = f"split.column={settings.column}"
+        role_of = _given(where, source.values(settings.column, members), members, left_out)
+    elif settings.file is not None:
+        where = f"split.file={settings.file}"
+        file = read_split_file(settings.file, settings.file_sha256)
+        file.check_known(source.all)
+        left_out |= {member.recording_id: f"not in {where}" for member in members if file.of(member) is None}
+        members = [member for member in members if file.of(member) is not None]
+        role_of = _given(where, [file.of(member) for member in members], members, left_out)
     elif settings.of == "dataset":
         role_of = {member.recording_id: member.split for member in members}
     else:
@@ -80,7 +91,6 @@ def split_subjects(
     roles = {role: [m for m in members if role_of[m.recording_id] == role] for role in ROLES}
     found = {member.subject for member in members if member.group in groups_seen}
     if found and not settings.allow_pretraining_subjects:
-        where = f"split.column={settings.column}" if settings.column else f"split.of={settings.of}"
         raise ConfigError(
             f"{where}: the checkpoint was pretrained on {len(found)} of the {len({m.subject for m in members})} "
             "subjects, by their ids, or on their families: its scores would be too high for new ones. Take "
@@ -112,14 +122,15 @@ def write_split(store: Store, source: Members, split: SubjectSplit) -> None:
     store.write_bytes(SPLIT, buffer.getvalue())
 
 
-def _given(source: Members, column: str, members: Sequence[Member], left_out: dict[str, str]) -> dict[str, str]:
+def _given(where: str, values: Sequence[Any], members: Sequence[Member], left_out: dict[str, str]) -> dict[str, str]:
+    """Return the roles that a column or file gives to recordings; who is given none is left out."""
     role_of = {}
-    for member, value in zip(members, source.values(column, members), strict=True):
+    for member, value in zip(members, values, strict=True):
         role = "" if value is None else str(value).strip()
         if not role:
-            left_out[member.recording_id] = f"split.column={column} is empty"
+            left_out[member.recording_id] = f"{where} is empty"
         elif role not in ROLES:
-            raise ConfigError(f"split.column={column}: expected train, val, test or nothing, found {role!r}")
+            raise ConfigError(f"{where}: expected train, val, test or nothing, found {role!r}")
         else:
             role_of[member.recording_id] = role
     return role_of
