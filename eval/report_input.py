@@ -38,7 +38,7 @@ CONDITION_ORDER = {"random": 0, "recording": 0, "visible": 1, "group": 1}
 class Results:
     """A results folder as read.
 
-    ``scores`` belong to one data set, split and version of each task; ``left_out`` counts the others.
+    ``scores`` belong to one data set, and to one split and version of each task; ``left_out`` counts the others.
     """
 
     store: Store
@@ -148,11 +148,19 @@ def read_results(results_folder: str) -> Results:
     everything = [_clean(score) for score in read_scores(store)]
     if not everything:
         raise DataError(f"{store.url_of(FILE_NAME)} holds no score: run eval/run.py with at least one task")
-    place = Counter((s.dataset, s.dataset_hash, s.split) for s in everything).most_common(1)[0][0]
+    place = Counter((s.dataset, s.dataset_hash) for s in everything).most_common(1)[0][0]
     newest: dict[str, int] = {}
+    splits: dict[str, Counter[str]] = {}
     for score in everything:
         newest[score.task] = max(newest.get(score.task, 0), score.version)
-    scores = [s for s in everything if (s.dataset, s.dataset_hash, s.split) == place and s.version == newest[s.task]]
+        if (score.dataset, score.dataset_hash) == place:
+            splits.setdefault(score.task, Counter())[score.split] += 1
+    split = {task: found.most_common(1)[0][0] for task, found in splits.items()}
+    scores = [
+        s
+        for s in everything
+        if (s.dataset, s.dataset_hash) == place and s.split == split[s.task] and s.version == newest[s.task]
+    ]
     run = store.read_json("run.json") if store.exists("run.json") else {}
     return Results(
         store=store,
