@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.figures import minus
+from eval.report_clinical_claims import clinical_claims, shows_paper_rows
 from eval.report_input import (
     FOLD_PHRASES,
     Results,
@@ -39,13 +40,16 @@ ABOVE_OPTIMUM = 0.01  # the optimum is exact up to the centring of the series, s
 
 
 def make_claims(results: Results) -> list[Claim]:
-    claims = []
+    claims: list[Claim | None] = []
     for model in results.models:
-        for make in (_reconstruction_claim, _training_claim, _forecasting_claim, _networks_claim):
-            claim = make(results, model)
-            if claim is not None:
-                claims.append(claim)
-    return claims
+        claims += [
+            _reconstruction_claim(results, model),
+            _training_claim(results, model),
+            _forecasting_claim(results, model),
+            *clinical_claims(results, model),
+            _networks_claim(results, model),
+        ]
+    return [claim for claim in claims if claim is not None]
 
 
 def _reconstruction_claim(results: Results, model: str) -> Claim | None:
@@ -251,9 +255,9 @@ def caveats(results: Results) -> list[str]:
     found.append(
         f"Intervals are {results.level_text} percentile bootstraps over subjects, not corrected for the number of "
         "comparisons. The strongest baseline is the one that scored best on these same subjects, which favours the "
-        "baselines."
+        "baselines; a reference baseline was named in advance or chosen on validation people."
     )
-    if results.models and any(s.task == "reconstruction" for s in results.scores):
+    if results.models and (any(s.task == "reconstruction" for s in results.scores) or shows_paper_rows(results)):
         found.append(
             "The paper's numbers (grey rows) come from other data and are there for orientation, not for comparison."
         )

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import pandas as pd
 
 from brainlm.errors import DataError
 from brainlm.store import Store
@@ -108,6 +111,24 @@ class Results:
 
     def task_scores(self, task: str) -> list[Score]:
         return [score for score in self.scores if score.task == task]
+
+    def table(self, name: str) -> pd.DataFrame | None:
+        """Return a parquet file of the folder, its text without subject ids; None if it is not there."""
+        if name not in self._tables:
+            self._tables[name] = self._read_table(name)
+        return self._tables[name]
+
+    @cached_property
+    def _tables(self) -> dict[str, pd.DataFrame | None]:
+        return {}
+
+    def _read_table(self, name: str) -> pd.DataFrame | None:
+        if not self.store.exists(name):
+            return None
+        frame = pd.read_parquet(io.BytesIO(self.store.read_bytes(name)))
+        for column in frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
+            frame[column] = frame[column].fillna("").astype(str).map(without_ids)
+        return frame
 
     @cached_property
     def looks(self) -> dict[str, Look]:
