@@ -107,7 +107,8 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     axes[0].set_yticks(range(len(rows)), [looks[key].label for key in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     axes[0].set_xlim(left, right)
-    axes[0].xaxis.set_major_locator(MaxNLocator(4 if len(panels) > 2 else 7, prune="upper"))
+    steps = [1, 2, 5, 10] if chance else None  # ticks that meet a chance of 0.5
+    axes[0].xaxis.set_major_locator(MaxNLocator(4 if len(panels) > 2 else 7, prune="upper", steps=steps))
     figure.supxlabel(xlabel, fontsize=9)
     return figure
 

@@ -16,9 +16,9 @@ from eval.report_clinical_input import (
     Method,
     Target,
     clinical_targets,
-    removed_text,
 )
-from eval.report_clinical_tables import first_table, fold_tables, group_tables, metric_words, more_metrics, paper_tables
+from eval.report_clinical_people import fold_tables, group_tables
+from eval.report_clinical_tables import first_table, metric_words, more_metrics, paper_tables
 from eval.report_input import Results, listed
 from eval.report_page import Artist, Drawing, Section, estimate, ordered_looks
 from eval.report_tables import Table
@@ -57,12 +57,12 @@ def clinical_section(results: Results, artist: Artist) -> Section:
             (section.more_drawings if truth is not None else section.drawings).append(reliability)
         section.tables.append(first_table(results, target))
         section.more_tables += more_metrics(results, target)
-        for table in group_tables(results, target, methods):
+        for table in group_tables(results, target, _pictured(results, target)):
             _put(section, table)
         section.more_tables += fold_tables(results, target, methods)
-    first, *others = paper_tables(results, targets) or [None]
-    section.tables += [first] if first is not None else []
-    section.more_tables[:0] = [table for table in others if table is not None]
+    errors = paper_tables(results, targets)
+    section.tables += errors[:1]
+    section.more_tables[:0] = errors[1:]
     return section
 
 
@@ -71,7 +71,7 @@ def _put(section: Section, table: Table) -> None:
 
 
 def compared_methods(results: Results, target: Target) -> list[Method]:
-    """Return the methods of small tables: each checkpoint with its chosen readout, the reference, confounds alone."""
+    """Return what tables of folds show: each checkpoint with its chosen readout, the reference, confounds alone."""
     methods = [method for model in results.models if (method := target.chosen(model)) is not None]
     scored = {s.model for s in target.scores}
     return methods + [Method(model=name) for name in (target.reference, CONFOUNDS_ONLY) if name in scored]
@@ -108,7 +108,8 @@ def _forest(results: Results, target: Target, artist: Artist) -> Drawing:
         f"{target.slug}-scores",
         f"{text.name} of every method for {target.name}",
         f"{target.name}: {text.name} of every method with {results.level_text} intervals. The upright line is the "
-        f"value {zero}; an arrow stands for a value far below it. {removed_text(results)}",
+        f"value {zero}; an arrow stands for a value far below it. What it means that confounds are removed stands "
+        "above the table.",
     )
 
 
@@ -133,7 +134,7 @@ def _truth(results: Results, target: Target, artist: Artist) -> Drawing | None:
         f"{target.slug}-truth",
         f"Truth over prediction of {target.name}",
         f"{target.name}: truth over prediction for people who were not trained on, one dot a recording "
-        f"({_where(target)}). On the dashed line they agree; a flat, narrow cloud says that a method names about "
+        f"({target.base_words}). On the dashed line they agree; a flat, narrow cloud says that a method names about "
         f"the same value for everyone. {_which(results, target)}",
     )
 
@@ -164,15 +165,10 @@ def _reliability(results: Results, target: Target, artist: Artist) -> Drawing | 
         figures_clinical.draw_reliability(panels, ylabel, not target.is_regression),
         f"{target.slug}-reliability",
         f"Reliability of predictions of {target.name}",
-        f"{target.name}: {about} over what was predicted, by bin of the prediction ({_where(target)}); larger dots are "
+        f"{target.name}: {about} over what was predicted, by bin of the prediction ({target.base_words}); larger dots: "
         "more people. On the dashed line predictions mean what they say; a curve flatter than it is too sure of "
         f"itself. {_which(results, target)}",
     )
-
-
-def _where(target: Target) -> str:
-    folds = target.base.get("folds", "")
-    return f"{FOLD_WORDS.get(folds, folds)}, confounds {target.base.get('confounds', 'kept')}"
 
 
 def _which(results: Results, target: Target) -> str:

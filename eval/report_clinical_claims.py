@@ -16,7 +16,7 @@ from eval.report_clinical_input import (
 from eval.report_clinical_tables import metric_words, paper_meaning
 from eval.report_input import Results, among, listed, number, of_model, strongest
 from eval.report_tables import p_text
-from eval.report_verdicts import Claim, Verdict, held_out, judge, paired_difference, untrained_like
+from eval.report_verdicts import Claim, Verdict, compare, held_out, judge, paired_difference, untrained_like
 from eval.results import Score
 
 LEVEL = 0.05
@@ -45,7 +45,7 @@ def _claim(results: Results, target: Target, model: str) -> Claim | None:
     with_readout = f" with {readout}{f' ({by})' if by and len(target.readouts(model)) > 1 else ''}" if readout else ""
     parts = [
         f"{label}{with_readout} predicts {target.name} with {metric} {number(ours)} ({held_out(ours)}, "
-        f"{_conditions(target)})." + _worthless(target, ours)
+        f"{target.base_words})." + _worthless(target, ours)
     ]
     verdict, sentence = _against_reference(results, target, ours)
     parts.append(sentence)
@@ -63,11 +63,6 @@ def _claim(results: Results, target: Target, model: str) -> Claim | None:
         text=" ".join(part for part in parts if part),
         details=tuple(detail for detail in details if detail),
     )
-
-
-def _conditions(target: Target) -> str:
-    folds = {"random": "random folds", "sites": "each site left out"}.get(target.base.get("folds", ""), "folds")
-    return f"{folds}, confounds {target.base.get('confounds', 'kept')}"
 
 
 def _worthless(target: Target, ours: Score) -> str:
@@ -100,12 +95,13 @@ def _tested(paired: Score | None, verdict: Verdict) -> str:
     """Add the test over folds, and whether it agrees with the interval."""
     if paired is None or paired.p_corrected is None:
         return ""
-    is_found = paired.p_corrected < LEVEL
-    if is_found == (verdict.tone != "open"):
-        agrees = "agrees"
-    else:
-        agrees = "finds a difference" if is_found else "does not confirm it"
-    return f" The test over folds, corrected for all comparisons, {agrees} ({p_text(paired).strip()})."
+    words = {
+        (True, True): "agrees",
+        (True, False): "does not confirm it",
+        (False, True): "does find a difference",
+        (False, False): "finds none either",
+    }[verdict.tone != "open", paired.p_corrected < LEVEL]
+    return f" The test over folds, corrected for all comparisons, {words} ({p_text(paired).strip()})."
 
 
 def _against_untrained(results: Results, target: Target, ours: Score, method: Method) -> str:
@@ -120,13 +116,16 @@ def _against_confounds(results: Results, target: Target, ours: Score) -> str:
     theirs = of_model(target.find(target.metric, **target.base), CONFOUNDS_ONLY)
     if theirs is None:
         return "A model of confounds alone was not scored, so site and head motion may be all there is to it."
-    verdict, sentence = judge(results, ours, theirs, "Is it more than site and head motion?")
+    verdict = compare(ours, theirs, paired_difference(results, ours, theirs))
     meaning = {
-        "ahead": "So recordings tell more than these do.",
-        "behind": "So nothing shows that more than these was learned.",
-        "open": "So site and head motion may explain it.",
+        "ahead": f"{results.labels[ours.model]} is ahead: {verdict.reason}, so it tells more than these do",
+        "behind": f"{results.labels[ours.model]} is behind: {verdict.reason}, so site and head motion may explain it",
+        "open": f"Not shown: {verdict.reason}, so site and head motion may explain it",
     }[verdict.tone]
-    return f"{sentence} {meaning}"
+    return (
+        "Is it more than site, head motion and other confounds? A model of these alone, without any brain: "
+        f"{number(theirs)}. {meaning}."
+    )
 
 
 def _elsewhere(results: Results, target: Target, method: Method, what: str, **change: str) -> str:
@@ -143,7 +142,7 @@ def _elsewhere(results: Results, target: Target, method: Method, what: str, **ch
     rival, _ = _rival(results, target, here)
     if rival is None:
         return f"{what}: {number(ours)}."
-    sentence = judge(results, ours, rival, "beside it")[1]
+    sentence = judge(results, ours, rival, "baseline")[1]
     return f"{what}: {number(ours)}; {sentence}"
 
 

@@ -95,6 +95,11 @@ class Target:
         found = {name: {str(s.condition[name]) for s in self.scores if name in s.condition} for name in usual}
         return {name: usual[name] if usual[name] in there else min(there) for name, there in found.items() if there}
 
+    @property
+    def base_words(self) -> str:
+        folds = self.base.get("folds", "")
+        return f"{FOLD_WORDS.get(folds, folds)}, confounds {self.base.get('confounds', 'kept')}"
+
     def find(self, metric: str, **condition: object) -> list[Score]:
         return [
             s for s in self.scores if s.metric == metric and all(s.condition.get(k) == v for k, v in condition.items())

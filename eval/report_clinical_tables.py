@@ -6,15 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from eval.figures import is_number, minus
 from eval.report_clinical_input import (
     FOLD_WORDS,
-    Method,
     Target,
     removed_text,
 )
-from eval.report_input import Results, condition_groups, counted, dig, interval_text
-from eval.report_tables import Cell, MetricText, Row, Table, make_table, num_text
+from eval.report_input import Results, condition_groups, dig
+from eval.report_tables import MetricText, Table, make_table, num_text
 from eval.results import Score
 
 METRICS = {
@@ -90,7 +88,6 @@ PAPER = {
     "poster: BrainLM 111M": (0.503, 0.015, 0.073, 0.069),
 }
 PAPER_COLUMNS = ("age", "pcl", "gad", "neuroticism")  # the order of PAPER
-FEWEST = 5  # people of a group: a score of fewer says nothing, and tells too much about them
 
 
 def metric_words(metric: str) -> MetricText:
@@ -136,7 +133,9 @@ def more_metrics(results: Results, target: Target) -> list[Table]:
 def score_table(results: Results, target: Target, metric: str, *more: str) -> Table:
     """Lay the scores of a target out: methods down, kinds of folds and treatments of confounds across."""
     text = metric_words(metric)
-    scores = [replace(s, condition=s.condition | {"column": _column(s)}) for s in target.find(metric)]
+    found = target.find(metric)
+    columns = sorted({_column(s) for s in found}, key=lambda words: (not words.startswith(FOLD_WORDS["random"]), words))
+    scores = [replace(s, condition=s.condition | {"column": columns.index(_column(s))}) for s in found]
     is_difference = metric.endswith("_minus_reference")
     reference = results.labels.get(target.reference, target.reference)
     named = f"Reference, the baseline that is best on validation people: {reference}." if reference else ""
@@ -145,7 +144,7 @@ def score_table(results: Results, target: Target, metric: str, *more: str) -> Ta
         results,
         scores,
         column="column",
-        column_text=str,
+        column_text=lambda place: columns[place],
         title=f"{target.name}: {text.name}",
         caption=_caption(results, scores, text, ranked, *more, named),
         row_conditions=("readout",),
@@ -175,7 +174,7 @@ def paper_tables(results: Results, targets: Sequence[Target]) -> list[Table]:
     scores = [s for target in targets if target.is_regression for s in target.find("mse_transformed")]
     text = metric_words("mse_transformed")
     meanings = {target.name: meaning for target in targets if (meaning := paper_meaning(results, target))}
-    made = []
+    made: list[Table] = []
     groups = condition_groups(scores, "target", "readout")
     for group in sorted(groups, key=lambda group: (group.get("folds") != "random", group.get("confounds") != "kept")):
         here = [s for s in scores if all(s.condition.get(k) == v for k, v in group.items())]
@@ -208,104 +207,3 @@ def paper_rows(meanings: Mapping[str, str]) -> dict[str, dict[str, float]]:
         for label, errors in PAPER.items()
         if meanings
     }
-
-
-def group_tables(results: Results, target: Target, methods: Sequence[Method]) -> list[Table]:
-    """Return one table a column by which people are told apart: groups down, methods and metrics across."""
-    rows = target.rows("groups", **target.base)
-    if rows is None:
-        return []
-    made = []
-    for by in dict.fromkeys(rows["by"]):
-        of_column = rows[rows["by"] == by]
-        shown = of_column[of_column["num_subjects"] >= FEWEST]
-        metrics = list(dict.fromkeys(shown["metric"]))
-        found = {
-            (row.label, row.model, row.readout, row.metric): Cell(
-                value=minus(row.value), interval=interval_text(_end(row.ci_low), _end(row.ci_high))
-            )
-            for row in shown.itertuples()
-            if is_number(row.value)
-        }
-        used = [m for m in methods if any(key[1:3] == (m.model, m.readout) for key in found)]
-        if not used:
-            continue
-        people = shown.groupby("label")["num_subjects"].max()
-        left_out = of_column["label"].nunique() - len(people)
-        made.append(
-            Table(
-                title=f"{target.name}, people by {by}",
-                caption=_group_caption(results, target, metrics, left_out),
-                columns=[f"{metric_words(metric).name}: {m.label(results)}" for metric in metrics for m in used],
-                rows=[
-                    Row(
-                        label=label,
-                        cells=[found.get((label, m.model, m.readout, k), Cell()) for k in metrics for m in used],
-                        tag=f"n = {num}",
-                    )
-                    for label, num in sorted(people.items())
-                ],
-                head=by.capitalize(),
-            )
-        )
-    return made
-
-
-def _group_caption(results: Results, target: Target, metrics: Sequence[str], left_out: int) -> str:
-    words = [f"{metric_words(m).name}: {metric_words(m).definition}" for m in metrics]
-    words.append(
-        f"The same predictions as above ({_base_words(target)}), scored within each group; n: people. Brackets: "
-        f"{results.level_text} bootstrap interval."
-    )
-    if left_out:
-        words.append(f"Not shown: {counted(left_out, 'group')} of fewer than {FEWEST} people.")
-    return " ".join(words)
-
-
-def _base_words(target: Target) -> str:
-    folds = target.base.get("folds", "")
-    return f"{FOLD_WORDS.get(folds, folds)}, confounds {target.base.get('confounds', 'kept')}"
-
-
-def _end(value: float) -> float | None:
-    return float(value) if is_number(float(value)) else None
-
-
-def fold_tables(results: Results, target: Target, methods: Sequence[Method]) -> list[Table]:
-    """Return one table a kind of folds: every single fold down, methods across."""
-    made = []
-    for kind in FOLD_WORDS:
-        rows = target.rows("folds", folds=kind, confounds=target.base.get("confounds", "kept"))
-        if rows is None:
-            continue
-        rows = rows[rows["metric"] == target.metric]
-        found = {
-            (row.repeat, row.fold, row.model, row.readout): minus(row.value)
-            for row in rows.itertuples()
-            if is_number(row.value)
-        }
-        used = [m for m in methods if any(key[2:] == (m.model, m.readout) for key in found)]
-        if not used:
-            continue
-        folds = rows.drop_duplicates(["repeat", "fold"]).sort_values(["repeat", "fold"])
-        several = folds["repeat"].nunique() > 1
-        made.append(
-            Table(
-                title=f"{target.name}: {metric_words(target.metric).name} in every fold, {FOLD_WORDS[kind]}",
-                caption=f"{metric_words(target.metric).definition} Here of each fold alone, confounds "
-                f"{target.base.get('confounds', 'kept')}; beside the fold: people trained on / tested. Other methods, "
-                "the losses on validation people and what was chosen by them are in clinical_folds.parquet.",
-                columns=[m.label(results) for m in used],
-                rows=[
-                    Row(
-                        label=(f"repeat {row.repeat}, " if several else "")
-                        + (f"fold {row.fold}" if kind == "random" else str(row.fold)),
-                        cells=[Cell(value=found.get((row.repeat, row.fold, m.model, m.readout), "")) for m in used],
-                        tag=f"{row.num_train} / {row.num_test}",
-                    )
-                    for row in folds.itertuples()
-                ],
-                head="Fold",
-            )
-        )
-    return made

@@ -97,5 +97,6 @@ def judge(results: Results, ours: Score, theirs: Score, what: str) -> tuple[Verd
 def untrained_like(scores: Sequence[Score], model: str) -> Score | None:
     """Return the score of a checkpoint's network as it was before training."""
     untrained = among(scores, "untrained")
-    named = [score for score in untrained if model in score.model]
+    named = [score for score in untrained if score.model.endswith(f"({model})")]
+    named = named or [score for score in untrained if model in score.model]
     return named[0] if named else untrained[0] if len(untrained) == 1 else None

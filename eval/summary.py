@@ -125,6 +125,8 @@ def _column(score: Score, by: str) -> str:
         words = words | {"mask_ratio": "{:.0%} of " + str(score.condition["mask"]).replace("_", " ") + " hidden"}
     if score.condition.get("folds") == "sites":
         words = words | {"folds": "each site left out"}
+    if shown.get("confounds") == "kept":
+        del shown["confounds"]  # the usual case; the others say that they were removed
     return ", ".join(words.get(name, name + " {}").format(value) for name, value in shown.items())
 
 
