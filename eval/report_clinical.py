@@ -134,8 +134,8 @@ def _truth(results: Results, target: Target, artist: Artist) -> Drawing | None:
         f"{target.slug}-truth",
         f"Truth over prediction of {target.name}",
         f"{target.name}: truth over prediction for people who were not trained on, one dot a recording "
-        f"({target.base_words}). On the dashed line they agree; a flat, narrow cloud says that a method names about "
-        f"the same value for everyone. {_which(results, target)}",
+        f"({target.base_words}). On the dashed line they agree; an upright, narrow cloud says that about "
+        f"the same value is named for everyone. {_which(results, target)}",
     )
 
 
@@ -166,8 +166,8 @@ def _reliability(results: Results, target: Target, artist: Artist) -> Drawing | 
         f"{target.slug}-reliability",
         f"Reliability of predictions of {target.name}",
         f"{target.name}: {about} over what was predicted, by bin of the prediction ({target.base_words}); larger dots: "
-        "more people. On the dashed line predictions mean what they say; a curve flatter than it is too sure of "
-        f"itself. {_which(results, target)}",
+        "more people. On the dashed line predictions mean what they say; where a curve is flatter, they are too "
+        f"extreme. {_which(results, target)}",
     )
 
 
