@@ -33,25 +33,28 @@ class Panel:
     lines: Mapping[str, float] = field(default_factory=dict)
 
 
-def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: str) -> Any:
+def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: str, chance: float = 0.0) -> Any:
     """Draw one row a model and one panel a condition: value and interval, on one scale.
 
-    Values below `OFF_SCALE` become an arrow with the number beside it, unless nothing lies above.
+    Values further below chance than `OFF_SCALE` become an arrow with the number beside it, unless nothing lies above.
 
     Parameters
     ----------
     panels : sequence of Panel
     looks : mapping
         Row key to look, top to bottom.
+    chance : float
+        Value that says nothing; it gets an upright line.
     """
     from matplotlib.ticker import MaxNLocator
 
     rows = [key for key in looks if any(key in panel.estimates for panel in panels)]
     everything = [estimate for panel in panels for estimate in panel.estimates.values()]
+    lowest = chance + OFF_SCALE
     values = np.array([e.value for e in everything] + [line for panel in panels for line in panel.lines.values()])
-    ends = np.array([x for e in everything for x in (e.low, e.high) if x is not None and x >= OFF_SCALE])
-    shown = np.concatenate([values[values >= OFF_SCALE], ends]) if (values >= OFF_SCALE).any() else values
-    left, right = min(float(shown.min()), 0.0), max(float(shown.max()), 0.05)
+    ends = np.array([x for e in everything for x in (e.low, e.high) if x is not None and x >= lowest])
+    shown = np.concatenate([values[values >= lowest], ends]) if (values >= lowest).any() else values
+    left, right = min(float(shown.min()), chance), max(float(shown.max()), chance + 0.05)
     cut = bool((values < left).any())
     pad = 0.06 * (right - left)
     left, right = left - ((0.12 + 0.12 * len(panels)) * (right - left) if cut else pad), right + pad
@@ -60,7 +63,7 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     for axis, panel in zip(axes, panels):
         axis.set_title(panel.title)
         axis.grid(axis="x")
-        axis.axvline(0, color=MUTED, lw=0.8)
+        axis.axvline(chance, color=MUTED, lw=0.8)
         for name, x in panel.lines.items():
             axis.axvline(x, color=MUTED, lw=1, ls=(0, (4, 3)))
             axis.annotate(
@@ -104,7 +107,8 @@ def draw_intervals(panels: Sequence[Panel], looks: Mapping[str, Look], xlabel: s
     axes[0].set_yticks(range(len(rows)), [looks[key].label for key in rows])
     axes[0].set_ylim(len(rows) - 0.4, -0.6)
     axes[0].set_xlim(left, right)
-    axes[0].xaxis.set_major_locator(MaxNLocator(4 if len(panels) > 2 else 7, prune="upper"))
+    steps = [1, 2, 5, 10] if chance else None  # ticks that meet a chance of 0.5
+    axes[0].xaxis.set_major_locator(MaxNLocator(4 if len(panels) > 2 else 7, prune="upper", steps=steps))
     figure.supxlabel(xlabel, fontsize=9)
     return figure
 

@@ -17,6 +17,7 @@ from brainlm.store import Store
 from eval.figures import quiet_drawing
 from eval.report_brain import brain_section
 from eval.report_claims import caveats, lead, make_claims
+from eval.report_clinical import clinical_section
 from eval.report_examples import examples_section
 from eval.report_forecasting import forecasting_section
 from eval.report_input import listed, read_results
@@ -59,6 +60,7 @@ def write_report(results_folder: str) -> None:
                 examples_section,
                 brain_section,
                 forecasting_section,
+                clinical_section,
                 networks_section,
             )
         ]

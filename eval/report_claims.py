@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 from eval.baselines.optimum import MEAN_UNKNOWN
 from eval.figures import minus
+from eval.report_clinical_claims import clinical_claims, shows_paper_rows
 from eval.report_input import (
     FOLD_PHRASES,
     Results,
@@ -25,99 +24,32 @@ from eval.report_input import (
     reconstruction_base,
     strongest,
 )
+from eval.report_verdicts import (
+    Claim,
+    Verdict,
+    compare,
+    held_out,
+    judge,
+    paired_difference,
+    untrained_like,
+)
 from eval.results import Score
 
 FEW_SUBJECTS = 20  # below this a percentile bootstrap over subjects is usually too narrow
 ABOVE_OPTIMUM = 0.01  # the optimum is exact up to the centring of the series, see eval.baselines.optimum
-Tone = Literal["ahead", "behind", "open"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Verdict:
-    """Whether one score is above another, and how that is known."""
-
-    tone: Tone
-    word: str
-    reason: str
-
-
-def compare(ours: Score, theirs: Score, paired: Score | None = None) -> Verdict:
-    """Judge whether `ours` is above `theirs` (higher is better).
-
-    Parameters
-    ----------
-    paired : Score, optional
-        Difference ours - theirs with its interval from the same subjects; it decides where there is one. Otherwise
-        the two intervals must not overlap, which is the stricter rule.
-    """
-    overlap = _overlap(ours, theirs)
-    if paired is not None and paired.ci_low is not None and paired.ci_high is not None:
-        difference = f"difference on the same subjects {'+' if paired.value > 0 else ''}{number(paired)}"
-        if paired.ci_low > 0 or paired.ci_high < 0:
-            although = ", although the two intervals overlap" if overlap else ""
-            word: Tone = "ahead" if paired.ci_low > 0 else "behind"
-            return Verdict(tone=word, word=word, reason=difference + although)
-        return Verdict(tone="open", word="no clear difference", reason=f"{difference}, which includes 0")
-    if overlap is None:
-        side = "above" if ours.value > theirs.value else "below" if ours.value < theirs.value else "level"
-        reason = f"the value lies {side}, but without intervals nothing follows from that"
-        return Verdict(tone="open", word="not judged", reason=reason)
-    if overlap:
-        return Verdict(tone="open", word="no clear difference", reason="the intervals overlap")
-    word = "ahead" if ours.value > theirs.value else "behind"
-    return Verdict(tone=word, word=word, reason="the intervals do not overlap")
-
-
-def _overlap(a: Score, b: Score) -> bool | None:
-    if a.ci_low is None or a.ci_high is None or b.ci_low is None or b.ci_high is None:
-        return None
-    return a.ci_low <= b.ci_high and b.ci_low <= a.ci_high
-
-
-def paired_difference(results: Results, ours: Score, theirs: Score) -> Score | None:
-    """Return the stored paired difference of two scores, if `theirs` is the reference that it was computed against."""
-    for score in results.find(ours.task, f"{ours.metric}_minus_reference", **ours.condition):
-        if score.model == ours.model and score.condition.get("reference") == theirs.model:
-            return score
-    return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Claim:
-    """One line of the summary."""
-
-    topic: str
-    verdict: Verdict
-    text: str
-    details: tuple[str, ...] = ()
 
 
 def make_claims(results: Results) -> list[Claim]:
-    claims = []
+    claims: list[Claim | None] = []
     for model in results.models:
-        for make in (_reconstruction_claim, _training_claim, _forecasting_claim, _networks_claim):
-            claim = make(results, model)
-            if claim is not None:
-                claims.append(claim)
-    return claims
-
-
-def _held_out(score: Score) -> str:
-    seen = any("trained on" in note or "seen" in note for note in score.notes)
-    held_out = "held-out " if score.split in ("val", "test") and not seen else ""
-    return counted(score.num_subjects, f"{held_out}subject")
-
-
-def _sentence(results: Results, ours: Score, theirs: Score, what: str) -> tuple[Verdict, str]:
-    verdict = compare(ours, theirs, paired_difference(results, ours, theirs))
-    label = results.labels[ours.model]
-    start = {
-        "ahead": f"{label} is ahead",
-        "behind": f"{label} is behind",
-        "no clear difference": "No clear difference",
-        "not judged": "Not judged",
-    }[verdict.word]
-    return verdict, f"{what}: {results.labels[theirs.model]}, {number(theirs)}. {start}: {verdict.reason}."
+        claims += [
+            _reconstruction_claim(results, model),
+            _training_claim(results, model),
+            _forecasting_claim(results, model),
+            *clinical_claims(results, model),
+            _networks_claim(results, model),
+        ]
+    return [claim for claim in claims if claim is not None]
 
 
 def _reconstruction_claim(results: Results, model: str) -> Claim | None:
@@ -127,12 +59,12 @@ def _reconstruction_claim(results: Results, model: str) -> Claim | None:
     if ours is None or ratio is None:
         return None
     label = results.labels[model]
-    parts = [f"{label} reaches R² {number(ours)} with {percent(ratio)} of the tokens hidden ({_held_out(ours)})."]
+    parts = [f"{label} reaches R² {number(ours)} with {percent(ratio)} of the tokens hidden ({held_out(ours)})."]
     if ours.value < 0:
         parts.append("That is worse than guessing the mean.")
     verdict = Verdict(tone="open", word="not judged", reason="")
     if best is not None:
-        verdict, sentence = _sentence(results, ours, best, "Strongest baseline")
+        verdict, sentence = judge(results, ours, best, "Strongest baseline")
         parts.append(sentence)
     optimum = strongest(among(here, "optimum"))
     details = []
@@ -167,20 +99,14 @@ def _reconstruction_claim(results: Results, model: str) -> Claim | None:
 
 def _training_claim(results: Results, model: str) -> Claim | None:
     here = results.find("reconstruction", "r2", **reconstruction_base(results), mask_ratio=headline_ratio(results))
-    ours, theirs = of_model(here, model), _untrained_like(here, model)
+    ours, theirs = of_model(here, model), untrained_like(here, model)
     if ours is None or theirs is None:
         return None
-    verdict, sentence = _sentence(results, ours, theirs, "The same network without training")
+    verdict, sentence = judge(results, ours, theirs, "The same network without training")
     verdict = replace(verdict, word={"ahead": "yes", "behind": "no"}.get(verdict.word, verdict.word))
     return Claim(
         topic="Does training help?", verdict=verdict, text=f"{results.labels[model]}: {number(ours)}. {sentence}"
     )
-
-
-def _untrained_like(scores: Sequence[Score], model: str) -> Score | None:
-    untrained = among(scores, "untrained")
-    named = [score for score in untrained if model in score.model]
-    return named[0] if named else untrained[0] if len(untrained) == 1 else None
 
 
 def _forecasting_claim(results: Results, model: str) -> Claim | None:
@@ -198,10 +124,10 @@ def _forecasting_claim(results: Results, model: str) -> Claim | None:
         seconds = f" ({horizon * results.tr_s:g} s)" if results.tr_s else ""
         parts = [
             f"Over the next {horizon} timepoints{seconds}, {results.labels[model]} reaches R² {number(ours)} "
-            f"({_held_out(ours)})."
+            f"({held_out(ours)})."
         ]
         if best is not None:
-            found, sentence = _sentence(results, ours, best, "Strongest baseline")
+            found, sentence = judge(results, ours, best, "Strongest baseline")
             verdict = verdict or found
             parts.append(sentence)
         optima = among(here, "optimum")
@@ -231,11 +157,11 @@ def _networks_claim(results: Results, model: str) -> Claim | None:
     part = f" ({ours.condition['part']})" if "part" in ours.condition else ""
     parts = [
         f"Attention of {results.labels[model]}{part} names the network of a parcel with accuracy {number(ours)}, "
-        f"{FOLD_PHRASES[hardest]} ({_held_out(ours)})."
+        f"{FOLD_PHRASES[hardest]} ({held_out(ours)})."
     ]
     verdict = Verdict(tone="open", word="not judged", reason="")
     if best is not None:
-        verdict, sentence = _sentence(results, ours, best, "Strongest of all other features and controls")
+        verdict, sentence = judge(results, ours, best, "Strongest of all other features and controls")
         parts.append(sentence)
     details = []
     place = position_alone(here)
@@ -285,17 +211,20 @@ def _other_part(results: Results, here: list[Score], other: Score) -> str:
 
 def lead(results: Results) -> str:
     """Say in two sentences what was run on what."""
-    first = results.scores[0]
-    subjects = max(s.num_subjects for s in results.scores)
-    recordings = max(s.num_recordings for s in results.scores)
-    tasks = listed(list(dict.fromkeys(s.task for s in results.scores)))
+    parts = []
+    for split in dict.fromkeys(s.split for s in results.scores):
+        here = [s for s in results.scores if s.split == split]
+        tasks = listed(list(dict.fromkeys(s.task for s in here)))
+        subjects, recordings = max(s.num_subjects for s in here), max(s.num_recordings for s in here)
+        of = "that no checkpoint was pretrained on," if split == "unseen" else f"of the {split} split"
+        counts = f"{counted(subjects, 'subject')} ({counted(recordings, 'recording')})"
+        parts.append(f"on {tasks}, using {counts} {of}")
     simulated = ", which is simulated," if results.is_simulated else ""
     models = [results.labels[m] for m in results.models]
     who = listed(models) if models else "No checkpoint, only baselines"
     was = "were" if len(models) > 1 else "was"
     return (
-        f"{who} {was} scored on {tasks}, using {counted(subjects, 'subject')} ({counted(recordings, 'recording')}) of "
-        f"the {first.split} split of the data set {first.dataset}{simulated} beside "
+        f"{who} {was} scored {listed(parts)} of the data set {results.scores[0].dataset}{simulated} beside "
         f"{counted(len({s.model for s in results.scores if s.model_kind != 'brainlm'}), 'baseline or control')}."
     ).replace("baseline or controls", "baselines and controls")
 
@@ -312,7 +241,10 @@ def caveats(results: Results) -> list[str]:
         found.append(
             "The data are simulated: the exact optimum is known, and nothing here is evidence about real brains."
         )
-    subjects = max(s.num_subjects for s in results.scores)
+    by_split = {s.split: 0 for s in results.scores}
+    for score in results.scores:
+        by_split[score.split] = max(by_split[score.split], score.num_subjects)
+    subjects = min(by_split.values())
     if subjects < 2:
         found.append("There is one subject: no interval can be given, and nothing can be said about other people.")
     elif subjects < FEW_SUBJECTS:
@@ -323,9 +255,9 @@ def caveats(results: Results) -> list[str]:
     found.append(
         f"Intervals are {results.level_text} percentile bootstraps over subjects, not corrected for the number of "
         "comparisons. The strongest baseline is the one that scored best on these same subjects, which favours the "
-        "baselines."
+        "baselines; a reference baseline was named in advance or chosen on validation people."
     )
-    if results.models and any(s.task == "reconstruction" for s in results.scores):
+    if results.models and (any(s.task == "reconstruction" for s in results.scores) or shows_paper_rows(results)):
         found.append(
             "The paper's numbers (grey rows) come from other data and are there for orientation, not for comparison."
         )
@@ -343,10 +275,10 @@ def caveats(results: Results) -> list[str]:
     found += sorted(f"{note[:1].upper()}{note[1:].rstrip('.')}." for note in notes)
     count = len(as_list(results.dataset.get("warnings")))
     if count:
-        found.append(f"The data set carries {counted(count, 'warning')}, listed in section 8.")
+        found.append(f"The data set carries {counted(count, 'warning')}, listed in the last section.")
     if results.left_out:
         found.append(
             f"{counted(results.left_out, 'record')} of another data set, split or task version: "
-            "listed in section 8 only."
+            "listed in the last section only."
         )
     return found

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
+
+import pandas as pd
 
 from brainlm.errors import DataError
 from brainlm.store import Store
@@ -38,7 +41,7 @@ CONDITION_ORDER = {"random": 0, "recording": 0, "visible": 1, "group": 1}
 class Results:
     """A results folder as read.
 
-    ``scores`` belong to one data set, split and version of each task; ``left_out`` counts the others.
+    ``scores`` belong to one data set, and to one split and version of each task; ``left_out`` counts the others.
     """
 
     store: Store
@@ -109,6 +112,24 @@ class Results:
     def task_scores(self, task: str) -> list[Score]:
         return [score for score in self.scores if score.task == task]
 
+    def table(self, name: str) -> pd.DataFrame | None:
+        """Return a parquet file of the folder, its text without subject ids; None if it is not there."""
+        if name not in self._tables:
+            self._tables[name] = self._read_table(name)
+        return self._tables[name]
+
+    @cached_property
+    def _tables(self) -> dict[str, pd.DataFrame | None]:
+        return {}
+
+    def _read_table(self, name: str) -> pd.DataFrame | None:
+        if not self.store.exists(name):
+            return None
+        frame = pd.read_parquet(io.BytesIO(self.store.read_bytes(name)))
+        for column in frame.columns[[not pd.api.types.is_numeric_dtype(kind) for kind in frame.dtypes]]:
+            frame[column] = frame[column].fillna("").astype(str).map(without_ids)
+        return frame
+
     @cached_property
     def looks(self) -> dict[str, Look]:
         """How each model is drawn, the same in every figure."""
@@ -148,11 +169,19 @@ def read_results(results_folder: str) -> Results:
     everything = [_clean(score) for score in read_scores(store)]
     if not everything:
         raise DataError(f"{store.url_of(FILE_NAME)} holds no score: run eval/run.py with at least one task")
-    place = Counter((s.dataset, s.dataset_hash, s.split) for s in everything).most_common(1)[0][0]
+    place = Counter((s.dataset, s.dataset_hash) for s in everything).most_common(1)[0][0]
     newest: dict[str, int] = {}
+    splits: dict[str, Counter[str]] = {}
     for score in everything:
         newest[score.task] = max(newest.get(score.task, 0), score.version)
-    scores = [s for s in everything if (s.dataset, s.dataset_hash, s.split) == place and s.version == newest[s.task]]
+        if (score.dataset, score.dataset_hash) == place:
+            splits.setdefault(score.task, Counter())[score.split] += 1
+    split = {task: found.most_common(1)[0][0] for task, found in splits.items()}
+    scores = [
+        s
+        for s in everything
+        if (s.dataset, s.dataset_hash) == place and s.split == split[s.task] and s.version == newest[s.task]
+    ]
     run = store.read_json("run.json") if store.exists("run.json") else {}
     return Results(
         store=store,

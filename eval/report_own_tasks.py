@@ -7,9 +7,11 @@ from eval.report_page import Section
 from eval.report_tables import caption_text, make_table, metric_text, other_conditions
 from eval.settings import TASKS
 
+WITH_SECTION = {*TASKS, "clinical"}
+
 
 def own_tasks(results: Results) -> list[str]:
-    return list(dict.fromkeys(score.task for score in results.scores if score.task not in TASKS))
+    return list(dict.fromkeys(score.task for score in results.scores if score.task not in WITH_SECTION))
 
 
 def own_section(results: Results, task: str) -> Section:

@@ -11,10 +11,10 @@ from eval.report_tables import num_text
 
 
 def provenance(results: Results) -> dict[str, Any]:
-    """Return the facts of section 8: pairs for tables, lists, and texts to fold away."""
+    """Return the facts of the last section: pairs for tables, lists, and texts to fold away."""
     run, dataset = results.run, results.dataset
     first = results.scores[0]
-    data = [("Name", first.dataset), ("Content hash", first.dataset_hash), ("Split scored", first.split)]
+    data = [("Name", first.dataset), ("Content hash", first.dataset_hash), ("Split scored", listed(_splits(results)))]
     data += [("Subjects, recordings scored", num_text(results.scores).removeprefix("n = ").rstrip("."))]
     counts = dataset.get("counts")
     if isinstance(counts, dict):
@@ -94,6 +94,16 @@ def provenance(results: Results) -> dict[str, Any]:
         "durations": [(k, f"{v:.1f} s" if figures.is_number(v) else _plain(v)) for k, v in seconds.items()],
         "config": _yaml(run["config"]) if isinstance(run.get("config"), dict) else "",
     }
+
+
+def _splits(results: Results) -> list[str]:
+    """Name the split that is scored, with its tasks where there are several."""
+    tasks: dict[str, list[str]] = {}
+    for score in results.scores:
+        tasks.setdefault(score.split, [])
+        if score.task not in tasks[score.split]:
+            tasks[score.split].append(score.task)
+    return list(tasks) if len(tasks) == 1 else [f"{split} ({listed(names)})" for split, names in tasks.items()]
 
 
 def _plain(value: Any) -> str:
