@@ -103,11 +103,13 @@ class Plan:
 
     def for_workers(self) -> Plan:
         """Return what a worker needs; local paths are absolute, because its working directory may be another."""
+        clinical = self.settings.clinical
         settings = replace(
             self.settings,
             dataset=absolute(self.settings.dataset),
             out=absolute(self.settings.out),
             checkpoints=tuple(absolute(folder) for folder in self.settings.checkpoints),
+            clinical=replace(clinical, finetune=absolute(clinical.finetune) if clinical.finetune else None),
         )
         pretrained = tuple(absolute(folder) for folder in self.pretrained)
         return replace(self, settings=settings, units=(), checkpoints=(), pretrained=pretrained)

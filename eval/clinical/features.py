@@ -73,7 +73,9 @@ def embeddings(people: People, model: Any, batch_size: int, per_parcel: bool) ->
     arrays = {name: np.stack(rows) for name, rows in found.items()}
     if per_parcel:
         parcels = arrays["parcels"]
-        mean = np.nanmean(parcels, axis=0, dtype=np.float64) if np.isfinite(parcels).any() else 0.0
+        known = np.isfinite(parcels)
+        total = np.where(known, parcels, 0).sum(axis=0, dtype=np.float64)
+        mean = total / np.maximum(known.sum(axis=0), 1)
         # About the mean of all, so that inner products keep their digits; folds take their own mean off again.
         arrays["parcels_gram"] = gram_of(lambda row: np.nan_to_num(parcels[row] - mean).ravel(), len(parcels))
     return arrays

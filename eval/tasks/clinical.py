@@ -13,6 +13,7 @@ from brainlm.embedding import why_no_parcels
 from brainlm.errors import ConfigError, DataError
 from brainlm.targets import TargetSettings, label_of
 from eval.clinical import features
+from eval.clinical.finetuned import FineTuned
 from eval.clinical.fold_work import KEPT, REMOVED, MakePredictor, confounds_of, work
 from eval.clinical.folds import Fold, random_folds, site_folds
 from eval.clinical.people import People, find_people
@@ -56,7 +57,7 @@ class Clinical(Task):
 
     def hashed_settings(self) -> dict[str, Any]:
         tree = to_tree(self.settings)
-        for name in ("reference", "baselines", "readouts", "fold_kinds", "permuted_control"):
+        for name in ("reference", "baselines", "repeats", "readouts", "fold_kinds", "permuted_control"):
             del tree[name]
         return tree
 
@@ -109,14 +110,15 @@ class Clinical(Task):
         readouts: Sequence[str] = self.settings.readouts
         if spec.variant == PERMUTED:
             readouts = ("linear",)
-        elif {*OF_PARCELS} & {*readouts} and why_no_parcels(open_model(spec.checkpoint)):
+        elif self._reads_parcels and why_no_parcels(open_model(spec.checkpoint)):
             readouts = [readout for readout in readouts if readout not in OF_PARCELS]
         return [f"{readout}{BETWEEN}{label}" for readout in readouts for label in labels]
 
     def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
         if spec.checkpoint:
             kind: ModelKind = "untrained" if spec.kind == "untrained" else "brainlm"
-            return [replace(spec, name=f"embeddings of {_bare(spec)}", kind=kind, variant="", part="", notes=())]
+            what = "embeddings and those of parcels" if self._reads_parcels else "embeddings"
+            return [replace(spec, name=f"{what} of {_bare(spec)}", kind=kind, variant="", part="", notes=())]
         name = NEEDED.get(_bare(spec))
         return [MethodSpec(name=name, kind="baseline", model_hash=f"{name} v1")] if name else []
 
@@ -130,7 +132,7 @@ class Clinical(Task):
             }
             return makers[spec.name](people)
         network = load_network(spec, runtime.untrained_seed, runtime.device, cohort.dataset.contract)
-        per_parcel = bool({*OF_PARCELS} & {*self.settings.readouts}) and not why_no_parcels(network.model)
+        per_parcel = self._reads_parcels and not why_no_parcels(network.model)
         return features.embeddings(people, network.model, runtime.batch_size, per_parcel)
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
@@ -150,6 +152,10 @@ class Clinical(Task):
 
     def scores(self, outputs: Sequence[tuple[MethodSpec, UnitOutput]], context: ScoreContext) -> list[Score]:
         return clinical_scores(self.settings, self.version, outputs, context)
+
+    @property
+    def _reads_parcels(self) -> bool:
+        return any(readout in OF_PARCELS for readout in self.settings.readouts)
 
     def _folds(self, people: People) -> list[Fold]:
         settings = self.settings
