@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import numpy as np
@@ -23,6 +24,9 @@ from brainlm.scaling import scale
 from eval.cohort import BoolArray, Cohort, FloatArray, Window
 from eval.models import Method
 
+BLOCK = 16
+"""Recordings whose windows are batched together: what is kept of each window is added up before the next block, so that
+memory does not grow with the number of recordings."""
 Centring = Literal["recording", "visible"]
 PRIMARY = ("n", "sse", "sst", "sae", "y", "yy", "p", "pp", "yp")
 CONTRACT = ("c_sse", "c_sae", "c_y", "c_yy")
@@ -51,6 +55,12 @@ def expand_mask(mask: BoolArray, num_parcels: int, window_len: int) -> BoolArray
     """Turn a mask over tokens (..., L) into one over values (..., P, W)."""
     patches = mask.reshape(*mask.shape[:-1], num_parcels, -1)
     return np.repeat(patches, window_len // patches.shape[-1], axis=-1)
+
+
+def blocks(windows: Iterable[Window]) -> Iterator[Iterable[Window]]:
+    """Divide windows, which come recording by recording, into those of `BLOCK` recordings each."""
+    for _, block in groupby(windows, key=lambda window: window.ref.index // BLOCK):
+        yield block
 
 
 def predict_windows(

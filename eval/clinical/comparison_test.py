@@ -32,7 +32,7 @@ def resampled_t_p_value(differences: NDArray[np.float64], test_share: float) -> 
     if not known.any():
         return 1.0
     variance = float(known.var(ddof=1)) * (1 / len(known) + test_share)
-    if variance == 0:  # the same difference everywhere: nothing is known of how it varies
+    if known.std() <= 1e-12 * np.abs(known).max():  # the same difference everywhere: nothing is known of how it varies
         return float("nan")
     p = 2 * float(t.sf(abs(float(known.mean())) / np.sqrt(variance), df=len(known) - 1))
     return max(p, float(np.finfo(np.float64).tiny))

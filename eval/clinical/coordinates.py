@@ -1,8 +1,8 @@
-"""Principal coordinates of features within a fold: what every linear method and every kernel method needs, and no more.
+"""Principal coordinates of features within a fold: what every linear method needs, and no more.
 
-A method that knows features by their inner products alone (ridge and logistic regression, support vectors with a
-radial kernel) gives the same answers on the principal coordinates of its training rows, of which there are at most as
-many as rows, however long the features are. Mean, scale and confounds are fitted on the training rows.
+Ridge and logistic regression give the same answers on the principal coordinates of the training rows, of which there
+are at most as many as rows, however long the features are. A radial kernel sees test rows as projected on them. Mean,
+scale and confounds are fitted on the training rows.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from brainlm.targets import Target, TargetSettings, label_of, numbers
 from eval.clinical.folds import Fold
@@ -43,7 +44,7 @@ def work(
     removals : sequence of {"kept", "removed"}
         Whether confounds are removed from the features.
     permuted : bool
-        Learn from the values of other training subjects.
+        Exchange the values among people first, anew in each repeat: nothing is left to be found.
 
     Returns
     -------
@@ -56,12 +57,13 @@ def work(
     for wanted in settings.targets:
         values = people.values(wanted.column)
         known = known_values(wanted, values)
+        if permuted:
+            values = _permuted(values, people, known, [settings.seed, fold.repeat], wanted.column)
         rows = replace(fold, train=fold.train[known[fold.train]], test=fold.test[known[fold.test]])
         if not len(rows.train) or not len(rows.test):
             continue
         target = Target.fit(wanted, _of_subjects(values, people, rows.train, wanted.column))
-        learned = _permuted(values, people, rows.train, settings.seed, wanted.column) if permuted else values
-        y = target.encode([learned[row] for row in rows.train])[0].astype(np.float64)
+        y = target.encode([values[row] for row in rows.train])[0].astype(np.float64)
         predictor = make(wanted)
         for removal in removals:
             problem = Problem(
@@ -83,7 +85,7 @@ def work(
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), pd.DataFrame(fits)
 
 
-def known_values(wanted: TargetSettings, values: Sequence[object]) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def known_values(wanted: TargetSettings, values: Sequence[object]) -> NDArray[np.bool_]:
     """Say of which rows the value is known."""
     if wanted.kind == "classification":
         return np.array([bool(label_of(value)) for value in values], dtype=bool)
@@ -123,20 +125,17 @@ def _filled(columns: FloatArray, train: IntArray) -> FloatArray:
     return np.where(np.isfinite(columns), columns, mean)
 
 
-def _permuted(values: Sequence[object], people: People, rows: IntArray, seed: int, column: str) -> list[object]:
-    """Return the values with those of the training subjects exchanged among them."""
-    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PERMUTED, seed, len(rows)])))
-    found = list(values)
-    if not people.source.is_of_subjects(column):
-        for row, other in zip(rows, rng.permutation(rows), strict=True):
-            found[row] = values[other]
-        return found
-    of_subject = {people.members[row].subject: values[row] for row in rows}
-    subjects = list(of_subject)
-    exchanged = dict(zip(subjects, (of_subject[subjects[i]] for i in rng.permutation(len(subjects))), strict=True))
-    for row in rows:
-        found[row] = exchanged[people.members[row].subject]
-    return found
+def _permuted(
+    values: Sequence[object], people: People, known: NDArray[np.bool_], seed: Sequence[int], column: str
+) -> list[object]:
+    """Return the values, those that are known exchanged among subjects; or recordings, where these differ."""
+    of_subjects = people.source.is_of_subjects(column)
+    keys = [member.subject if of_subjects else member.recording_id for member in people.members]
+    known_values = {key: value for key, value, here in zip(keys, values, known, strict=True) if here}
+    names = list(known_values)
+    rng = np.random.Generator(np.random.Philox(np.random.SeedSequence([_PERMUTED, *seed])))
+    exchanged = dict(zip(names, (known_values[names[i]] for i in rng.permutation(len(names))), strict=True))
+    return [exchanged.get(key) for key in keys]
 
 
 def _answers(

@@ -11,7 +11,7 @@ from brainlm.checkpoint import train_subjects
 from brainlm.config import config_hash, to_tree
 from brainlm.embedding import why_no_parcels
 from brainlm.errors import ConfigError, DataError
-from brainlm.targets import TargetSettings, label_of
+from brainlm.targets import Target, TargetSettings, label_of
 from eval.clinical import features
 from eval.clinical.finetuned import FineTuned
 from eval.clinical.fold_work import KEPT, REMOVED, MakePredictor, confounds_of, work
@@ -76,8 +76,8 @@ class Clinical(Task):
             people = find_people(cohort, settings)
         except DataError as error:
             return str(error)
-        for target in settings.targets:
-            people.values(target.column)  # a column that is not there is a mistake, which is not passed over
+        for target in settings.targets:  # a mistake in a target is not passed over
+            Target.fit(target, people.values(target.column))
         num = len(set(people.groups))
         if num < MIN_PEOPLE:
             whom = "that no checkpoint was pretrained on" if settings.of == "unseen" else f"in {cohort.split}"
@@ -204,7 +204,7 @@ class Clinical(Task):
 
 
 def _permuted(spec: MethodSpec) -> MethodSpec:
-    note = "control: learned from targets that were exchanged among the training subjects"
+    note = "control: targets were exchanged among people, so that there is nothing to be found"
     name = f"{spec.name}, {PERMUTED}"
     return replace(spec, name=name, kind="control", variant=PERMUTED, notes=(*spec.notes, note))
 

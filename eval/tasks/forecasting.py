@@ -16,7 +16,7 @@ from eval.baselines.optimum import MEAN_UNKNOWN, Optimum, read_truth, why_no_opt
 from eval.cohort import BoolArray, Cohort, Window
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION
-from eval.scoring import METRICS, SUMS, Centring, predict_windows, window_sums
+from eval.scoring import METRICS, SUMS, Centring, blocks, predict_windows, window_sums
 from eval.task import Grouping, Runtime, Task, UnitOutput
 
 
@@ -94,20 +94,23 @@ class Forecasting(Task):
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         centring: Centring = "recording" if spec.name == "optimum" else "visible"
-        rows: list[dict[str, Any]] = []
+        tables: list[pd.DataFrame] = []
         validation: list[dict[str, Any]] = []
         for horizon in self.settings.horizons:
             method = self.method(spec, cohort, runtime, horizon)
             method.fit(cohort)
-            windows = cohort.windows(self.settings.max_windows_per_recording)
-            rows += _rows(method, cohort, windows, horizon, centring, runtime.batch_size)
+            for windows in blocks(cohort.windows(self.settings.max_windows_per_recording)):
+                if rows := _rows(method, cohort, windows, horizon, centring, runtime.batch_size):
+                    tables.append(pd.DataFrame(rows))
             if spec.kind == "baseline":
                 held_out = replace(cohort, split="val")
                 windows = held_out.windows(1, max_recordings=NUM_VALIDATION)
                 validation += _rows(method, held_out, windows, horizon, centring, runtime.batch_size)
-        if not rows:
+        if not tables:
             raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
-        return UnitOutput(table=pd.DataFrame(rows), validation=pd.DataFrame(validation) if validation else None)
+        return UnitOutput(
+            table=pd.concat(tables, ignore_index=True), validation=pd.DataFrame(validation) if validation else None
+        )
 
     def groupings(self, table: pd.DataFrame) -> list[tuple[pd.DataFrame, Grouping]]:
         return [(table.drop(columns="step"), Grouping(conditions=("horizon",), metrics=METRICS))]

@@ -22,9 +22,11 @@ from eval.external import external_class, external_spec, is_external
 from eval.masks import draw_mask
 from eval.models import Method, MethodSpec, load_network
 from eval.reference import AUTO, NUM_VALIDATION
-from eval.scoring import METRICS, SUMS, Centring, Scored, predict_windows, window_sums
+from eval.scoring import METRICS, SUMS, Centring, Scored, blocks, predict_windows, window_sums
 from eval.task import Grouping, Runtime, Task, UnitOutput
 
+IN_PARCELS = ("n", "sse", "sst")
+"""Sums that are also kept parcel by parcel."""
 BASELINES = ("mean", "interpolation", "gaussian", "gaussian space x time", "gaussian adapted")
 
 
@@ -136,28 +138,32 @@ class Reconstruction(Task):
         method.fit(cohort)
         # The planted process has a known mean; what is left after other centring is no longer that process.
         centrings = tuple(c for c in settings.centrings if spec.kind != "optimum" or c == "recording")
-        rows: list[dict[str, Any]] = []
+        tables: list[pd.DataFrame] = []
         by_parcel: dict[float, dict[str, FloatArray]] = {}
         examples: list[Scored] = []
         shown = sorted(settings.mask_ratios)[len(settings.mask_ratios) // 2]
         example_refs = [w.ref for w in self._example_windows(cohort)]
         for kind, ratio in product(settings.mask_kinds, settings.mask_ratios):
-            windows = cohort.windows(settings.max_windows_per_recording)
-            parcel_parts: dict[tuple[int, int], dict[str, FloatArray]] = {}
-            here = []
-            for centring, item in self._predict(method, cohort, windows, kind, ratio, centrings, runtime):
-                ref = item.window.ref
-                here.append((ref.index, ref.start, centring, window_sums(item)))
-                if centring == "recording" and kind == settings.mask_kinds[0]:
-                    per_parcel = window_sums(item, axis=(1,))
-                    parcel_parts[ref.index, ref.start] = {name: per_parcel[name] for name in ("n", "sse", "sst")}
-                    if ratio == shown and ref in example_refs:
-                        examples.append(item)
-            rows += _rows(cohort, kind, ratio, here)
-            if parcel_parts:  # added up in the order of the split, whatever the batches were
-                ordered = [parcel_parts[key] for key in sorted(parcel_parts)]
-                by_parcel[ratio] = {name: np.sum([part[name] for part in ordered], axis=0) for name in ordered[0]}
-        if not rows:
+            for windows in blocks(cohort.windows(settings.max_windows_per_recording)):
+                parcel_parts: dict[tuple[int, int], dict[str, FloatArray]] = {}
+                here = []
+                for centring, item in self._predict(method, cohort, windows, kind, ratio, centrings, runtime):
+                    ref = item.window.ref
+                    here.append((ref.index, ref.start, centring, window_sums(item)))
+                    if centring == "recording" and kind == settings.mask_kinds[0]:
+                        per_parcel = window_sums(item, axis=(1,))
+                        parcel_parts[ref.index, ref.start] = {name: per_parcel[name] for name in IN_PARCELS}
+                        if ratio == shown and ref in example_refs:
+                            examples.append(item)
+                if rows := _rows(cohort, kind, ratio, here):
+                    tables.append(pd.DataFrame(rows))
+                total = by_parcel.get(ratio)
+                for key in sorted(parcel_parts):  # in the order of the split, whatever the batches were
+                    part = parcel_parts[key]
+                    total = part if total is None else {name: total[name] + part[name] for name in IN_PARCELS}
+                if total is not None:
+                    by_parcel[ratio] = total
+        if not tables:
             raise DataError(f"{cohort.dataset.name}: every hidden value of the {cohort.split} split is censored")
         parcels = pd.concat(
             [
@@ -169,7 +175,7 @@ class Reconstruction(Task):
         examples.sort(key=lambda item: example_refs.index(item.window.ref))
         validation = self._validation(method, replace(cohort, split="val"), runtime) if spec.kind == "baseline" else []
         return UnitOutput(
-            table=pd.DataFrame(rows),
+            table=pd.concat(tables, ignore_index=True),
             validation=pd.DataFrame(validation) if validation else None,
             parcels=parcels,
             examples=_example_arrays(examples, shown),

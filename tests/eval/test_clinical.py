@@ -1,0 +1,222 @@
+"""The clinical task in one piece: planted effects are found, permuted targets give chance, nothing leaks or is lost."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from brainlm.checkpoint import save_checkpoint
+from brainlm.dataset import Dataset, open_dataset
+from brainlm.errors import ConfigError
+from brainlm.store import Store
+from brainlm.testing import small_model
+from eval.clinical.features import fisher_z
+from eval.clinical.people import find_people
+from eval.clinical.settings import ClinicalSettings
+from eval.cohort import Cohort
+from eval.results import Score, read_scores
+from eval.run import main
+from tests.phenotypes import MISSING_AGE, write_phenotype_dataset
+
+SETTINGS = (
+    "clinical={targets: [{column: age}, {column: coupling}, {column: coupled, kind: classification}, "
+    "{column: accent}], repeats: 1, folds: 4, baselines: ['FC, linear', 'FC tangent, linear', 'FC, SVR'], "
+    "readouts: [linear, parcels], confounds: [site], by: [site, sex]}"
+)
+Captured = pytest.CaptureFixture[str]
+
+
+def add_columns(dataset: Dataset) -> None:
+    """Add ``coupling``, how strongly the first parcels are correlated; its upper half; and ``accent``, of sites."""
+    people = find_people(Cohort.of(dataset), ClinicalSettings())
+    rng = np.random.default_rng(3)
+    z = np.array([fisher_z(people, row)[:6].mean() for row in range(len(people))])
+    coupling = (z - z.mean()) / z.std()
+    accent = np.array([5.0 if site == "a" else 0.0 for site in people.sites()]) + rng.standard_normal(len(people))
+    by_subject = {member.subject: row for row, member in enumerate(people.members)}
+    table = pd.read_parquet(io.BytesIO(dataset.store.read_bytes("subjects.parquet")))
+    rows = [by_subject[subject] for subject in table["subject"]]
+    table["coupling"], table["accent"] = coupling[rows], accent[rows]
+    table["coupled"] = np.where(table["coupling"] > 0, "yes", "no")
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    dataset.store.write_bytes("subjects.parquet", buffer.getvalue())
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    found = write_phenotype_dataset(str(tmp_path_factory.mktemp("clinical") / "dataset"), num_timepoints=160)
+    add_columns(found)
+    return open_dataset(found.store.url)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("pretrained") / "tiny")
+    save_checkpoint(
+        folder, small_model(dataset.contract), {}, [entry.subject for entry in dataset.split("train").entries]
+    )
+    return folder
+
+
+def run(dataset: Dataset, checkpoint: str, out: Path, *more: str) -> int:
+    return main(
+        [
+            f"dataset={dataset.store.url}", f"checkpoints=[{checkpoint}]", f"out={out}", "tasks=[clinical]",
+            "ray.workers=0", "report=false", "intervals={num_bootstrap: 200}", SETTINGS, *more,
+        ]
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(dataset: Dataset, checkpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("results")
+    assert run(dataset, checkpoint, out) == 0
+    return out
+
+
+def score(out: Path, model: str, metric: str, target: str, **condition: str) -> Score:
+    wanted = {"target": target, "folds": "random", "confounds": "kept", **condition}
+    found = [
+        s
+        for s in read_scores(Store(out))
+        if s.model == model and s.metric == metric and all(s.condition.get(k) == v for k, v in wanted.items())
+    ]
+    assert len(found) == 1, (model, metric, wanted)
+    return found[0]
+
+
+def test_planted_effects_are_found_by_what_can_see_them(finished: Path) -> None:
+    for method in ("FC, linear", "FC tangent, linear", "FC, SVR"):
+        assert score(finished, method, "r2", "coupling").value > 0.3, method
+        assert score(finished, method, "auc", "coupled").value > 0.7, method
+    loudness = score(finished, "BrainLM tiny", "r2", "age", readout="parcels")  # correlations do not know it
+    assert loudness.value > 0.5
+    assert loudness.ci_low is not None
+    assert loudness.ci_low > 0.3
+    assert score(finished, "FC, linear", "r2", "age").value < 0.2
+    against = score(finished, "BrainLM tiny", "r2_minus_reference", "age", readout="parcels")
+    assert against.value > 0.4
+    assert against.p_value is not None
+    assert against.p_value < 0.05
+    assert against.p_corrected is not None
+    assert against.p_corrected >= against.p_value
+
+
+def test_permuted_targets_and_constants_give_chance(finished: Path) -> None:
+    for model, more in (
+        ("FC, linear, permuted targets", {}),
+        ("BrainLM tiny, permuted targets", {"readout": "linear"}),
+    ):
+        assert score(finished, model, "r2", "coupling", **more).value < 0.1
+        chance = score(finished, model, "auc", "coupled", **more)
+        assert abs(chance.value - 0.5) < 0.2
+    assert -0.1 < score(finished, "constant", "r2", "coupling").value <= 0
+    assert score(finished, "constant", "auc", "coupled").value == 0.5
+
+
+def test_what_sites_explain_is_gone_when_confounds_are_removed(finished: Path) -> None:
+    assert score(finished, "confounds only", "r2", "accent").value > 0.7
+    assert score(finished, "FC, linear", "r2", "accent", confounds="removed").value < 0.2
+    kept = score(finished, "FC, linear", "r2", "coupling").value
+    assert abs(score(finished, "FC, linear", "r2", "coupling", confounds="removed").value - kept) < 0.2
+
+
+def test_every_site_is_tested_by_the_others(finished: Path) -> None:
+    folds = pd.read_parquet(finished / "clinical_folds.parquet")
+    sites = folds[(folds["folds"] == "sites") & (folds["model"] == "FC, linear") & (folds["target"] == "coupling")]
+    assert set(sites["fold"]) == {"a", "b"}
+    assert score(finished, "FC, linear", "r2", "coupling", folds="sites").value > 0.2
+
+
+def test_only_people_that_the_checkpoint_has_not_seen_are_tested(finished: Path, dataset: Dataset) -> None:
+    scores = read_scores(Store(finished))
+    assert {s.split for s in scores} == {"unseen"}
+    assert score(finished, "FC, linear", "r2", "coupling").num_subjects == 60
+    assert score(finished, "FC, linear", "r2", "age").num_subjects == 59  # one age is missing
+    text = b"".join(path.read_bytes() for path in finished.rglob("*") if path.is_file())
+    for entry in (*dataset.split("val").entries, *dataset.split("test").entries):
+        assert entry.subject.encode() not in text
+    assert MISSING_AGE.encode() not in text
+
+
+def test_nobody_is_learned_from_and_tested(dataset: Dataset, checkpoint: str) -> None:
+    people = find_people(replace(Cohort.of(dataset), pretrained=(checkpoint,)), ClinicalSettings())
+    assert len(people) == 60
+    assert {member.split for member in people.members} == {"val", "test"}
+    assert len(set(people.groups)) == 59  # twins
+
+
+def test_tables_for_the_report_are_there(finished: Path) -> None:
+    names = ("predictions", "folds", "groups", "calibration")
+    tables = {name: pd.read_parquet(finished / f"clinical_{name}.parquet") for name in names}
+    predictions = tables["predictions"].query("model == 'FC, linear' and target == 'coupling' and folds == 'random'")
+    assert len(predictions) == 2 * 60  # confounds kept and removed
+    assert set(tables["groups"]["by"]) == {"site", "sex"}
+    assert tables["calibration"]["observed"].between(-10, 200).all()
+    assert tables["folds"]["validation_loss"].notna().sum() > 100
+
+
+def test_a_second_run_computes_nothing_and_a_lost_unit_alone(
+    finished: Path, dataset: Dataset, checkpoint: str, capsys: Captured
+) -> None:
+    before = (finished / "results.json").read_bytes()
+    for file in (finished / "subjects").glob("clinical--FC-linear-random-0.1--*.parquet"):
+        file.unlink()
+    capsys.readouterr()
+    assert run(dataset, checkpoint, finished) == 0
+    assert "[1/1] clinical: FC, linear, random 0.1" in capsys.readouterr().out
+    assert (finished / "results.json").read_bytes() == before
+
+
+@pytest.mark.slow
+def test_workers_and_batches_change_no_digit(dataset: Dataset, checkpoint: str, tmp_path: Path) -> None:
+    """Every method on Ray workers, the networks among them."""
+    few = (
+        "clinical={targets: [{column: age}], repeats: 1, folds: 3, fold_kinds: [random], confounds: [site], "
+        "fit: {steps: 10, check_every: 5, lrs: [0.01]}}"
+    )
+    for folder, workers, batch in (("a", 2, 8), ("b", 0, 3)):
+        more = (few, f"ray.workers={workers}", f"batch_size={batch}")
+        assert run(dataset, checkpoint, tmp_path / folder, *more) == 0
+    ours, theirs = (json.loads((tmp_path / folder / "results.json").read_text()) for folder in "ab")
+    assert len({record["model"] for record in ours}) == 7 + 2 + 1 + 2 + 1
+    for a, b in zip(ours, theirs, strict=True):
+        assert a["value"] == b["value"], a
+
+
+def test_what_cannot_be_predicted_is_said(dataset: Dataset, checkpoint: str, tmp_path: Path, capsys: Captured) -> None:
+    for column, kind, message in (
+        ("nothing", "regression", "no column 'nothing' in subjects.parquet"),
+        ("comment", "regression", "expected numbers, found text"),
+        ("constant", "regression", "constant, all"),
+    ):
+        more = f"clinical={{targets: [{{column: {column}, kind: {kind}}}]}}"
+        assert run(dataset, checkpoint, tmp_path, more) == 1
+        assert message in capsys.readouterr().err
+
+
+def test_without_targets_the_task_is_left_out(
+    dataset: Dataset, checkpoint: str, tmp_path: Path, capsys: Captured
+) -> None:
+    assert run(dataset, checkpoint, tmp_path, "clinical={}") == 1
+    assert "no target is given (clinical.targets" in capsys.readouterr().err
+
+
+def test_settings_that_make_no_sense_are_refused() -> None:
+    for message, settings in (
+        ("expected some of", {"baselines": ("FC, forest",)}),
+        ("each column once", {"targets": ({"column": "age"}, {"column": "age"})}),
+        ("together", {"readouts": ("fine-tuned",)}),
+        ("at least 2", {"folds": 1}),
+    ):
+        from brainlm.config import build
+
+        with pytest.raises(ConfigError, match=message):
+            build(ClinicalSettings, settings, "clinical")
