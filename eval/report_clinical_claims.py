@@ -101,7 +101,7 @@ def _tested(paired: Score | None, verdict: Verdict) -> str:
         (False, True): "does find a difference",
         (False, False): "finds none either",
     }[verdict.tone != "open", paired.p_corrected < LEVEL]
-    return f" The test over folds, corrected for all comparisons, {words} ({p_text(paired).strip()})."
+    return f" The test over folds, corrected for the number of methods, {words} ({p_text(paired).strip()})."
 
 
 def _against_untrained(results: Results, target: Target, ours: Score, method: Method) -> str:

@@ -126,6 +126,8 @@ class Target:
         if rows is None:
             return {}
         rows = rows[(rows["model"] == model) & rows["readout"].isin(self.readouts(model))]
+        if "cross_validated" in rows and rows["cross_validated"].any():
+            rows = rows[rows["cross_validated"]]  # the best of many looks at one fold would always win
         means = rows.groupby("readout", sort=False)["validation_loss"].mean()
         return {str(readout): float(loss) for readout, loss in means.items() if np.isfinite(loss)}
 

@@ -35,7 +35,8 @@ class Score:
         The interval is None where it cannot be computed (one subject).
     p_value, p_corrected : float or None
         Of a difference from the reference baseline: two-sided, by exchanging the two methods' results of subjects; and
-        corrected for all comparisons of the task (Holm).
+        corrected for all comparisons of the task (Holm); in ``clinical`` by the corrected resampled t test over folds,
+        and for all methods that are compared with one reference.
     num_subjects, num_recordings : int
     condition : mapping
         What was varied, e.g. ``{"mask_ratio": 0.5, "centring": "recording"}``.

@@ -105,7 +105,8 @@ def _explained(compared: Sequence[Score]) -> list[str]:
         return []
     references = " or ".join(dict.fromkeys(str(score.condition.get("reference", "not named")) for score in compared))
     found = {mark: None for mark in (ABOVE, BELOW) if mark in _marks(compared, "").values()}
-    test = f"p < {LEVEL:g}, two-sided, corrected for all comparisons of the task"
+    of_what = "all methods of a column" if compared[0].task == "clinical" else "all comparisons of the task"
+    test = f"p < {LEVEL:g}, two-sided, corrected for {of_what}"
     if not found:
         return [f"    no difference from the reference baseline, {references}, is shown ({test})"]
     words = {ABOVE: "above", BELOW: "below"}

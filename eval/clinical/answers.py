@@ -32,7 +32,7 @@ class Answers:
 
     frame: pd.DataFrame
 
-    @property
+    @cached_property
     def is_regression(self) -> bool:
         return bool(self.frame["kind"].iloc[0] == "regression")
 
@@ -86,6 +86,7 @@ class Answers:
             [self._mean(metric, counts[start : start + CHUNK]) for start in range(0, num_bootstrap, CHUNK)]
         )
 
+    @cached_property
     def by_fold(self) -> pd.DataFrame:
         """Return the first metric in each fold: ``repeat``, ``fold``, ``value`` (NaN where not defined).
 

@@ -106,7 +106,10 @@ class FineTuned:
         if num_unreadable:
             chosen += f"; {num_unreadable} of {len(values)} cannot be read: the constant answer"
         return Answer(
-            values=values, validation_loss=loss(problem.target, problem.y[positions], validated), chosen=chosen
+            cross_validated=False,
+            values=values,
+            validation_loss=loss(problem.target, problem.y[positions], validated),
+            chosen=chosen,
         )
 
     def _check(self, problem: Problem) -> None:

@@ -81,7 +81,8 @@ def work(
             table = _answers(about, target, values, people, rows.test, answer, classes_of(wanted, values))
             tables.append(table.assign(**_labels(people, rows.test, settings.by)))
             sizes = {"num_train": len(rows.train), "num_test": len(rows.test)}
-            fits.append(about | sizes | {"validation_loss": answer.validation_loss, "chosen": answer.chosen})
+            found = {"validation_loss": answer.validation_loss, "cross_validated": answer.cross_validated}
+            fits.append(about | sizes | found | {"chosen": answer.chosen})
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), pd.DataFrame(fits)
 
 

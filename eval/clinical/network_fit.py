@@ -132,6 +132,7 @@ class NetworkPredictor(ABC):
         """
         learned = self.learn(problem)
         return Answer(
+            cross_validated=False,
             values=answers_for(learned.module, learned.inputs, problem.target, problem.test),
             validation_loss=learned.fitted.best_error,
             chosen=f"{learned.fitted.candidate}, step {learned.fitted.best_step}",

@@ -86,11 +86,15 @@ class Answer:
         On rows that were not fitted on, in units of the best constant answer: 1 = no better than that.
     chosen : str
         The settings that validation chose, for the table of folds.
+    cross_validated : bool
+        Whether `validation_loss` is over all training rows by turns. Of what stops early it is the best of many looks
+        at one fold, and too low to be compared with that.
     """
 
     values: FloatArray
     validation_loss: float
     chosen: str = ""
+    cross_validated: bool = True
 
 
 class Predictor(Protocol):

@@ -48,7 +48,19 @@ def clinical_scores(settings: ClinicalSettings, version: int, outputs: Outputs, 
                     scores.append(
                         Score(metric=first, condition={**plain, "reference": reference}, **compared, **common)
                     )
-    return corrected(scores)
+    return _corrected(scores)
+
+
+def _corrected(scores: Sequence[Score]) -> list[Score]:
+    """Correct p values for the number of methods that are compared with one reference."""
+    column = ("target", "folds", "confounds")
+    keys = [tuple(score.condition.get(name, "") for name in column) for score in scores]
+    found = list(scores)
+    for key in dict.fromkeys(keys):
+        places = [place for place, other in enumerate(keys) if other == key]
+        for place, score in zip(places, corrected([found[place] for place in places]), strict=True):
+            found[place] = score
+    return found
 
 
 def compare(ours: Answers, theirs: Answers, context: ScoreContext) -> dict[str, Any]:
@@ -59,7 +71,7 @@ def compare(ours: Answers, theirs: Answers, context: ScoreContext) -> dict[str, 
         return {}
     drawn = [answers.replicates(metric, context.num_bootstrap, context.seed) for answers in (ours, theirs)]
     low, high = interval(drawn[0] - drawn[1], len(ours.groups), context.level)
-    both = ours.by_fold().merge(theirs.by_fold(), on=["repeat", "fold"], suffixes=("", "_theirs"))
+    both = ours.by_fold.merge(theirs.by_fold, on=["repeat", "fold"], suffixes=("", "_theirs"))
     p_value = resampled_t_p_value((both["value"] - both["value_theirs"]).to_numpy(np.float64), _test_share(ours))
     return {"value": value, "ci_low": low, "ci_high": high, "p_value": p_value if np.isfinite(p_value) else None}
 
@@ -67,7 +79,8 @@ def compare(ours: Answers, theirs: Answers, context: ScoreContext) -> dict[str, 
 def choose_references(settings: ClinicalSettings, outputs: Outputs) -> dict[Condition, str]:
     """Return the reference baseline for each target, kind of folds, and removal of confounds.
 
-    The one that is set, or the one whose loss on validation rows within the training folds is lowest.
+    The one that is set, or the one whose loss on validation rows within the training folds is lowest, among those that
+    were validated on all training rows by turns.
     """
     fits = [
         output.validation.assign(model=spec.name)
@@ -80,6 +93,7 @@ def choose_references(settings: ClinicalSettings, outputs: Outputs) -> dict[Cond
     found: dict[Condition, str] = {}
     for key, frame in pd.concat(fits).groupby(["target", "folds", "confounds"], sort=False):
         target, folds, confounds = (str(value) for value in key)
+        frame = frame[frame["cross_validated"]] if frame["cross_validated"].any() else frame
         means = frame.groupby("model", sort=False)["validation_loss"].mean().dropna()
         if settings.reference != AUTO:
             found[target, "", folds, confounds] = settings.reference

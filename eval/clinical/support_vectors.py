@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import warnings
 from itertools import product
-from typing import Any
 
 import numpy as np
 
 from eval.clinical.coordinates import Coordinates
-from eval.clinical.problem import Answer, FloatArray, Problem, constant_answer, loss
+from eval.clinical.problem import Answer, FloatArray, IntArray, Problem, constant_answer, loss
 
 COSTS = (0.1, 1.0, 10.0)
 WIDTHS = (0.1, 1.0)
@@ -36,7 +35,7 @@ class SupportVectors:
     def answer(self, problem: Problem) -> Answer:
         candidates = list(product(COSTS, WIDTHS))
         inner = problem.inner()
-        rows: list[Any] = []
+        rows: list[IntArray] = []
         decisions: list[list[FloatArray]] = [[] for _ in candidates]
         for fit, validate in inner if len(inner) > 1 else ():
             part = problem.within(fit, validate)
@@ -47,12 +46,12 @@ class SupportVectors:
         if not rows:
             return Answer(values=constant_answer(problem, len(problem.test)), validation_loss=float("nan"))
         order = np.concatenate(rows)
-        links = [_Link(problem, problem.y[order], np.concatenate(found)) for found in decisions]
-        best = int(np.argmin([link.validation_loss for link in links]))
-        values = links[best](_decide(problem, *self._coordinates(problem), *candidates[best]))
+        losses = [_validation_loss(problem, rows, found) for found in decisions]
+        best = int(np.argmin(losses))
+        link = _Link(problem, problem.y[order], np.concatenate(decisions[best]))
+        values = link(_decide(problem, *self._coordinates(problem), *candidates[best]))
         cost, width = candidates[best]
-        chosen = f"cost {cost:g}, width {width:g}"
-        return Answer(values=values, validation_loss=links[best].validation_loss, chosen=chosen)
+        return Answer(values=values, validation_loss=losses[best], chosen=f"cost {cost:g}, width {width:g}")
 
     def _coordinates(self, problem: Problem) -> tuple[FloatArray, FloatArray]:
         train, test = self.features.of(problem)
@@ -84,6 +83,20 @@ def _decide(problem: Problem, train: FloatArray, test: FloatArray, cost: float, 
     return found
 
 
+def _validation_loss(problem: Problem, rows: list[IntArray], decisions: list[FloatArray]) -> float:
+    """Return the loss of answers whose link was fitted on the decisions of the other inner folds."""
+    total = 0.0
+    for k, validate in enumerate(rows):
+        others = [i for i in range(len(rows)) if i != k]
+        link = _Link(
+            problem,
+            problem.y[np.concatenate([rows[i] for i in others])],
+            np.concatenate([decisions[i] for i in others]),
+        )
+        total += len(validate) * loss(problem.target, problem.y[validate], link(decisions[k]))
+    return total / sum(map(len, rows))
+
+
 class _Link:
     """From decisions to answers, fitted on rows that the decisions were not fitted on."""
 
@@ -98,7 +111,6 @@ class _Link:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)
                 self.model = model.fit(decisions, y.astype(np.int64))
-        self.validation_loss = loss(problem.target, y, self(decisions))
 
     def __call__(self, decisions: FloatArray) -> FloatArray:
         if self.problem.is_regression:

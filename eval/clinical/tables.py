@@ -17,6 +17,7 @@ from eval.settings import IntervalsSettings
 from eval.task import UnitOutput, to_parquet
 
 Outputs = Sequence[tuple[MethodSpec, UnitOutput]]
+FIT = ("num_train", "num_test", "validation_loss", "cross_validated", "chosen")
 IN_GROUPS = {True: ("mae", "pearson_r"), False: ("auc", "balanced_accuracy")}
 """Metrics of groups of people, of a regression and of a classification: none looks at differences between groups."""
 
@@ -51,11 +52,11 @@ def _predictions(model: str, answers: Answers) -> pd.DataFrame:
 
 
 def _folds(model: str, condition: Condition, answers: Answers, output: UnitOutput) -> pd.DataFrame:
-    found = answers.by_fold().assign(model=model, metric=answers.first_metric, **_named(condition))
+    found = answers.by_fold.assign(model=model, metric=answers.first_metric, **_named(condition))
     if output.validation is None or not len(output.validation):
         return found
     keys = [*CONDITIONS, "repeat", "fold"]
-    more = output.validation[[*keys, "num_train", "num_test", "validation_loss", "chosen"]]
+    more = output.validation[[*keys, *FIT]]
     return found.merge(more, on=keys, how="left")
 
 

@@ -304,7 +304,7 @@ def test_values_are_means_over_repeats_and_draws_are_shared(rng: np.random.Gener
     assert drawn.shape == (300,)
     again = answers.replicates(metrics.r2, 300, seed=0)
     np.testing.assert_array_equal(drawn, again)
-    by_fold = answers.by_fold()
+    by_fold = answers.by_fold
     assert by_fold["value"].mean() == pytest.approx(np.mean(each))
 
 
