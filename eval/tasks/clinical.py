@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from brainlm.checkpoint import train_subjects
@@ -38,6 +40,7 @@ from eval.task import Features, Runtime, ScoreContext, Task, UnitOutput
 
 CONFOUNDS, CONSTANT, PERMUTED = "confounds only", "constant", "permuted targets"
 BETWEEN = " | "
+FINE_TUNED = "fine-tuned"
 OF_PARCELS = ("parcels", "attentive")
 MIN_PEOPLE = 10
 
@@ -57,7 +60,7 @@ class Clinical(Task):
 
     def hashed_settings(self) -> dict[str, Any]:
         tree = to_tree(self.settings)
-        for name in ("reference", "baselines", "repeats", "readouts", "fold_kinds", "permuted_control"):
+        for name in ("reference", "baselines", "repeats", "readouts", "finetune", "fold_kinds", "permuted_control"):
             del tree[name]
         return tree
 
@@ -112,7 +115,9 @@ class Clinical(Task):
             readouts = ("linear",)
         elif self._reads_parcels and why_no_parcels(open_model(spec.checkpoint)):
             readouts = [readout for readout in readouts if readout not in OF_PARCELS]
-        return [f"{readout}{BETWEEN}{label}" for readout in readouts for label in labels]
+        found = [f"{readout}{BETWEEN}{label}" for readout in readouts for label in labels]
+        edition = f"{BETWEEN}{self._finetune_edition()}"
+        return [part + edition if part.startswith(FINE_TUNED) else part for part in found]
 
     def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
         if spec.checkpoint:
@@ -137,7 +142,8 @@ class Clinical(Task):
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         people = find_people(cohort, self.settings)
-        readout, _, label = spec.part.rpartition(BETWEEN)
+        pieces = spec.part.split(BETWEEN)
+        readout, label = pieces[:2] if len(pieces) > 1 else ("", pieces[0])
         fold = next(fold for fold in self._folds(people) if fold.label == label)
         answers, fits = work(
             people,
@@ -174,7 +180,7 @@ class Clinical(Task):
         """Return what makes the predictor of a target; most are the same for all, and made once."""
         if spec.name == CONFOUNDS:
             return lambda wanted: confounds_predictor(confounds_of(people, self.settings, wanted))
-        if readout == "fine-tuned":
+        if readout == FINE_TUNED:
             return lambda wanted: self._fine_tuned(spec, wanted, people, fold, runtime)
         predictor: Predictor
         if spec.name == CONSTANT:
@@ -185,6 +191,17 @@ class Clinical(Task):
         else:
             predictor = baseline_predictor(_bare(spec), people, fold, runtime.prepared, self.settings, runtime.device)
         return lambda wanted: predictor
+
+    def _finetune_edition(self) -> str:
+        """Return a hash of the configuration that is fine-tuned with: another text, and those units are done again."""
+        if self.settings.finetune is None:
+            return ""
+        try:
+            return hashlib.sha256(Path(self.settings.finetune).read_bytes()).hexdigest()[:8]
+        except OSError as error:
+            raise ConfigError(
+                f"clinical.finetune: {self.settings.finetune} cannot be read ({error.strerror})"
+            ) from error
 
     def _fine_tuned(
         self, spec: MethodSpec, wanted: TargetSettings, people: People, fold: Fold, runtime: Runtime

@@ -191,6 +191,37 @@ def test_workers_and_batches_change_no_digit(dataset: Dataset, checkpoint: str, 
         assert a["value"] == b["value"], a
 
 
+@pytest.mark.slow
+def test_fine_tuning_is_a_readout_like_others(
+    dataset: Dataset, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the people and folds of the others, and its untrained twin with it; the planted loudness is found."""
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    config = tmp_path / "finetune.yaml"
+    config.write_text(
+        "run: {steps: 120, log_every: 60, snapshot_every: 60}\n"
+        "data: {batch_size: 8, windows_per_recording: 2}\n"
+        "targets: [{column: age}]\n"
+        "encoder: {dropout: 0.0}\n"
+        "head: {pooling: mean, dropout: 0.0}\n"
+        "optimizer: {lr: 3.0e-3}\n"
+        "engine: {precision: fp32, threads: 1}\n"
+        "validation: {every: 30}\n"
+    )
+    only = (
+        "clinical={targets: [{column: age}], repeats: 1, folds: 2, fold_kinds: [random], baselines: ['FC, linear'], "
+        f"readouts: [linear, fine-tuned], permuted_control: false, finetune: {config}, confounds: [site]}}"
+    )
+    assert run(dataset, checkpoint, tmp_path / "out", only) == 0
+    found = score(tmp_path / "out", "BrainLM tiny", "r2", "age", readout="fine-tuned")
+    assert found.value > 0.3
+    assert found.num_subjects == score(tmp_path / "out", "FC, linear", "r2", "age").num_subjects
+    assert score(tmp_path / "out", "untrained", "r2", "age", readout="fine-tuned").model_kind == "untrained"
+    removed = [s for s in read_scores(Store(tmp_path / "out")) if s.condition.get("confounds") == "removed"]
+    assert removed
+    assert all(s.condition.get("readout") != "fine-tuned" for s in removed)
+
+
 def test_what_cannot_be_predicted_is_said(dataset: Dataset, checkpoint: str, tmp_path: Path, capsys: Captured) -> None:
     for column, kind, message in (
         ("nothing", "regression", "no column 'nothing' in subjects.parquet"),
