@@ -66,9 +66,10 @@ def check_comparable(a: ResultsFolder, b: ResultsFolder, task: str = "", other_d
             )
     if other_data:
         return
+    both = sorted(a.splits.keys() & b.splits.keys() & ({task} if task else tasks))
     for what, ours, theirs in (
         ("dataset_hash", a.dataset_hash[:12], b.dataset_hash[:12]),
-        ("split", a.split, b.split),
+        *(("split", a.splits[name], b.splits[name]) for name in both),
     ):
         if ours != theirs:
             raise DataError(
@@ -135,7 +136,7 @@ def _by_key(folder: ResultsFolder, task: str, name_in_b: dict[str, str]) -> dict
 
 
 def _difference(a: ResultsFolder, score_a: Score, b: ResultsFolder, score_b: Score) -> ScoreDifference:
-    same_data = (a.dataset_hash, a.split) == (b.dataset_hash, b.split)
+    same_data = (a.dataset_hash, score_a.split) == (b.dataset_hash, score_b.split)
     interval = difference_interval(a.sums_of(score_a), b.sums_of(score_b), same_data)
     common = [note for note in score_a.notes if note in score_b.notes]
     own_a = [f"A: {note}" for note in score_a.notes if note not in common]

@@ -53,7 +53,7 @@ def comparison_text(comparison: Comparison, metric: str = "") -> str:
 
 def _about(folder: ResultsFolder) -> str:
     first = folder.scores[0]
-    return f"{folder.store.url} ({first.dataset} {first.dataset_hash[:12]}, {first.split})"
+    return f"{folder.store.url} ({first.dataset} {first.dataset_hash[:12]}, {folder.split})"
 
 
 def _differences(comparison: Comparison) -> list[str]:

@@ -56,7 +56,13 @@ class ResultsFolder:
 
     @property
     def split(self) -> str:
-        return self.scores[0].split
+        """What was scored, in words: tasks may be of other people."""
+        return " and ".join(dict.fromkeys(score.split for score in self.scores))
+
+    @property
+    def splits(self) -> dict[str, str]:
+        """Split by task."""
+        return {score.task: score.split for score in self.scores}
 
     @property
     def models(self) -> dict[str, str]:
@@ -133,7 +139,7 @@ def read_results_folder(url: str) -> ResultsFolder:
     Raises
     ------
     DataError
-        If there is no ``results.json``, or it is not the scores of one data set and split.
+        If there is no ``results.json``, or it is not the scores of one data set, and of one split a task.
     StoreError
         If a file cannot be read.
     """
@@ -141,7 +147,8 @@ def read_results_folder(url: str) -> ResultsFolder:
     scores = read_scores(store)
     if not scores:
         raise DataError(f"{store.url_of(FILE_NAME)} holds no score: run eval/run.py with at least one task")
-    if len({(score.dataset_hash, score.split) for score in scores}) > 1:
+    of_task = {(score.dataset_hash, score.task, score.split) for score in scores}
+    if len({score.dataset_hash for score in scores}) > 1 or len({task for _, task, _ in of_task}) < len(of_task):
         raise DataError(
             f"{store.url_of(FILE_NAME)} holds scores of several data sets or splits, which one run never has"
         )
