@@ -384,7 +384,7 @@ def _read_sidecars(root: str, paths: list[str]) -> dict[str, float | DataError |
             name = path.rpartition("/")[2]
             try:
                 value: Any = json.loads(data).get("RepetitionTime")
-            except (ValueError, AttributeError) as error:
+            except (ValueError, AttributeError, RecursionError) as error:  # brackets in brackets, a thousand deep
                 values[path] = DataError(f"{name} is not a readable JSON sidecar: {error}")
                 continue
             try:

@@ -19,7 +19,10 @@ ICA-AROMA    white matter and cerebrospinal fluid, on images that ICA-AROMA has 
 
 from __future__ import annotations
 
+import gzip
+import io
 import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,7 @@ from numpy.typing import NDArray
 
 from brainlm.errors import DataError
 from data_prep.settings import CleanSettings, ScrubSettings
+from data_prep.text_series import MAX_VALUES
 
 HEAD_RADIUS_MM = 50.0  # Power et al. 2012, NeuroImage 59: rotations as arcs on a sphere of this radius
 MOTION_COLUMNS = ("trans_x", "trans_y", "trans_z", "rot_x", "rot_y", "rot_z")
@@ -40,6 +44,7 @@ TISSUE_COLUMNS = ("csf", "white_matter")
 READ_BY_NILEARN = ("trans_", "rot_", "cosine", "a_comp_cor_", "csf", "white_matter", "global_signal")
 NON_STEADY_STATE = "non_steady_state_outlier"
 MAX_LISTED = 8
+MAX_TABLE_BYTES = 64 * 1024**2  # 1200 timepoints of 2000 columns in 20 characters take 48 MB
 
 # Strategy -> components and options of `load_confounds`.
 NILEARN_STRATEGIES: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
@@ -213,16 +218,31 @@ def _needs(clean: CleanSettings) -> str:
 def _read_table(path: Path, num_timepoints: int) -> pd.DataFrame:
     if not path.is_file():
         raise DataError(f"there is no confounds table {path.name}")
+    separator = "," if path.name.removesuffix(".gz").endswith(".csv") else "\t"
     try:
-        table = pd.read_csv(path, sep="," if path.suffix == ".csv" else "\t")
-    except (ValueError, OSError) as error:  # pandas' parser errors are ValueErrors
+        data = _read_text(path)
+        num_columns = 1 + max((line.count(separator.encode()) for line in io.BytesIO(data)), default=0)
+        if num_columns * num_timepoints > MAX_VALUES:
+            raise DataError(f"{path.name} has {num_columns} columns: too many for a table of confounds")
+        table = pd.read_csv(io.BytesIO(data), sep=separator, nrows=num_timepoints + 1)
+    except (ValueError, OSError, EOFError, zlib.error) as error:  # pandas' parser errors are ValueErrors
         raise DataError(f"cannot read the confounds {path.name}: {error}") from error
     if len(table) != num_timepoints:
+        rows = f"{len(table)} rows" if len(table) < num_timepoints else f"more than {num_timepoints} rows"
         raise DataError(
-            f"{path.name} has {len(table)} rows of confounds, the recording {num_timepoints} timepoints: is it the "
+            f"{path.name} has {rows} of confounds, the recording {num_timepoints} timepoints: is it the "
             "table of another run, or were timepoints cut off one of the two?"
         )
     return table
+
+
+def _read_text(path: Path) -> bytes:
+    """Return the bytes of a table, unpacked where its name ends in ``.gz``, and never more than it can need."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+        data: bytes = file.read(MAX_TABLE_BYTES + 1)
+    if len(data) > MAX_TABLE_BYTES:
+        raise DataError(f"{path.name} is longer than {MAX_TABLE_BYTES} bytes: no table of confounds")
+    return data
 
 
 def _kept(

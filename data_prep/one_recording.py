@@ -33,11 +33,13 @@ from data_prep.local_input import local_input
 from data_prep.quality import quality_row, refusal
 from data_prep.read_recording import read_recording
 from data_prep.read_series import missing_columns
-from data_prep.resample import is_same_tr, resample
+from data_prep.resample import is_same_tr, num_resampled, resample
 from data_prep.settings import CheckSettings, CleanSettings, Orientation
 from data_prep.source_entry import SourceEntry
+from data_prep.text_series import MAX_VALUES
 
 logger = logging.getLogger(__name__)
+MAX_TIMEPOINTS = 50_000  # ten hours at 0.72 s; resampling takes 2 KB for each
 Row = dict[str, Any]
 
 # What only the recording's own bytes decide; other refusals may go when a sidecar or a program is put in place.
@@ -136,12 +138,14 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
             file = inputs.enter_context(local_input(entry.file))
             reading = (recipe.orientation, recipe.checks, recipe.clean.mean_over)
             found = read_recording(file, entry, recipe.atlas, *reading)
-        bold, coverage, tr_s = found.bold, found.coverage, found.tr_s
+        bold, coverage, tr_s, tsnr = found.bold, found.coverage, found.tr_s, found.tsnr
+        del found  # it would keep the series as read, up to 64 MiB
         with _stage("confounds"):
             confounds_file = inputs.enter_context(local_input(entry.confounds)) if entry.confounds else None
             confounds = read_confounds(confounds_file, recipe.clean, len(bold), denoised=entry.denoised)
         source_sha256 = sha256_of_file(file)
         confounds_sha256 = "" if confounds_file is None else sha256_of_file(confounds_file)
+    _check_size(len(bold), bold.shape[1], "")
     missing = missing_columns(bold)
     num_constant = int((missing & np.isfinite(bold).all(axis=0)).sum())
     _check_missing(missing, recipe.checks)
@@ -155,16 +159,19 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
         num_degrees_of_freedom = degrees_of_freedom(recipe.clean, tr_s, regressors, keep_mask)
     target_tr_s = recipe.target_tr_s or tr_s
     resampled = not is_same_tr(tr_s, target_tr_s)
+    after = f" after resampling from {tr_s:g} to {target_tr_s:g} s" if resampled else ""
     with _stage("resample"):
         if resampled:
+            _check_size(num_resampled(len(bold), tr_s, target_tr_s), bold.shape[1], after)
             bold, keep_mask = resample(bold, keep_mask, tr_s, target_tr_s)
     if len(bold) < recipe.window_len:
-        after = f" after resampling from {tr_s:g} to {target_tr_s:g} s" if resampled else ""
         raise _Refused("length", f"too short: {len(bold)} timepoints{after}, a window needs {recipe.window_len}")
     _check_kept(keep_mask, recipe.checks)
-    missing |= missing_columns(bold[keep_mask])
+    missing |= missing_columns(bold if keep_mask.all() else bold[keep_mask])
     _check_missing(missing, recipe.checks)
-    staged = Staged(np.where(missing, np.float32(np.nan), bold), coverage, keep_mask)
+    bold = np.ascontiguousarray(bold)
+    bold[:, missing] = np.nan
+    staged = Staged(bold, coverage, keep_mask)
     row = {
         **{name: getattr(entry, name) for name in ("recording_id", "subject", "session", "task", "run")},
         "site": entry.site,
@@ -178,7 +185,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
         "num_dummy_scans": first,
         "num_degrees_of_freedom": num_degrees_of_freedom,
         "mean_fd_mm": entry.mean_fd_mm if confounds.mean_fd_mm is None else confounds.mean_fd_mm,
-        "tsnr": found.tsnr,
+        "tsnr": tsnr,
         "num_constant_parcels": num_constant,
         **quality_row(staged.bold, coverage, keep_mask, float(target_tr_s)),
         "source": entry.source,
@@ -202,6 +209,16 @@ def _stage(name: str) -> Iterator[None]:
         yield
     except DataError as error:
         raise _Refused(name, str(error)) from error
+
+
+def _check_size(num_timepoints: int, num_parcels: int, after: str) -> None:
+    if num_timepoints > MAX_TIMEPOINTS or num_timepoints * num_parcels > MAX_VALUES:
+        raise _Refused(
+            "length",
+            f"too long: {num_timepoints} timepoints of {num_parcels} parcels{after}; at most {MAX_TIMEPOINTS} "
+            f"timepoints, and {MAX_VALUES} values, fit the memory of a worker: divide the recording into runs"
+            + (", or choose a longer target_tr_s" if after else ""),
+        )
 
 
 def _check_missing(missing: NDArray[np.bool_], checks: CheckSettings) -> None:

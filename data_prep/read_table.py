@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import reprlib
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -132,5 +133,5 @@ def number(value: Any, what: str) -> float | None:
         return None
     try:
         return float(value)
-    except (ValueError, TypeError) as error:  # a sidecar can hold a list
-        raise DataError(f"{what}: expected a number, found {value!r}") from error
+    except (ValueError, TypeError, OverflowError) as error:  # a sidecar can hold a list, or a number of 400 digits
+        raise DataError(f"{what}: expected a number, found {reprlib.repr(value)}") from error

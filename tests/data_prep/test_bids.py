@@ -81,13 +81,22 @@ def test_folder_above_derivatives_is_told_where_to_look(toy, rng):
         find_recordings(bids(above))
 
 
-@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"'])
+@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"', f"1{'0' * 400}"])
 def test_sidecar_without_a_number_refuses_its_recording_alone(toy, rng, value):
     root = toy.write_bids(rng, num_subjects=2)
     sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
     sidecar.write_text(f'{{"RepetitionTime": {value}}}')
     entries = find_recordings(bids(root)).entries
     assert "RepetitionTime: expected a number, found" in entries[0].refusal
+    assert entries[1].refusal == ""
+
+
+def test_sidecar_of_brackets_refuses_its_recording_alone(toy, rng):
+    root = toy.write_bids(rng, num_subjects=2)
+    sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
+    sidecar.write_text("[" * 200_000 + "]" * 200_000)
+    entries = find_recordings(bids(root)).entries
+    assert "is not a readable JSON sidecar" in entries[0].refusal
     assert entries[1].refusal == ""
 
 

@@ -1,13 +1,16 @@
 """Confounds and censored timepoints from tables in fMRIPrep's format."""
 
+import gzip
 import json
 import tempfile
+import tracemalloc
 
 import numpy as np
 import pandas as pd
 import pytest
 
 from brainlm.errors import DataError
+from data_prep import confounds
 from data_prep.clean import clean, degrees_of_freedom
 from data_prep.confounds import MOTION_COLUMNS, drop_short_segments, framewise_displacement, is_aroma, read_confounds
 from data_prep.settings import CleanSettings, ScrubSettings
@@ -179,6 +182,39 @@ def test_a_table_of_another_length_is_refused_even_if_nothing_is_asked_of_it(tmp
     (tmp_path / "empty.tsv").write_text("")
     with pytest.raises(DataError, match=r"cannot read the confounds empty.tsv"):
         read_confounds(tmp_path / "empty.tsv", CleanSettings(), 121)
+
+
+def test_a_packed_table_is_read(tmp_path, rng):
+    plain = write(tmp_path, make_table(rng))
+    packed = tmp_path / f"{plain.name}.gz"
+    packed.write_bytes(gzip.compress(plain.read_bytes()))
+    settings = CleanSettings(strategy="6P")
+    expected, found = (read_confounds(path, settings, NUM_TIMEPOINTS) for path in (plain, packed))
+    np.testing.assert_array_equal(found.regressors, expected.regressors)
+    packed.write_bytes(packed.read_bytes()[:-20])
+    with pytest.raises(DataError, match="cannot read the confounds"):
+        read_confounds(packed, settings, NUM_TIMEPOINTS)
+
+
+@pytest.mark.parametrize("name", ["long.tsv", "long.tsv.gz", "wide.csv"])
+def test_an_absurd_table_is_refused_in_bounded_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(confounds, "MAX_TABLE_BYTES", 2_000_000)
+    monkeypatch.setattr(confounds, "MAX_VALUES", 100_000)
+    bomb = b"1,2" * 600_000 if name.startswith("wide") else b"a\n" + b"1\n" * 20_000_000
+    (tmp_path / name).write_bytes(gzip.compress(bomb) if name.endswith(".gz") else bomb)
+    del bomb
+    tracemalloc.start()
+    with pytest.raises(DataError, match=r"longer than 2000000 bytes|600001 columns: too many"):
+        read_confounds(tmp_path / name, CleanSettings(), NUM_TIMEPOINTS)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+
+
+def test_rows_beyond_the_recording_are_not_read(tmp_path):
+    (tmp_path / "x.tsv").write_bytes(b"a\n" + b"1\n" * 1_000_000)
+    with pytest.raises(DataError, match="more than 120 rows of confounds, the recording 120 timepoints"):
+        read_confounds(tmp_path / "x.tsv", CleanSettings(), NUM_TIMEPOINTS)
 
 
 @pytest.mark.parametrize("min_segment", [0, 1, 3, 5, 8])
