@@ -33,7 +33,7 @@ from data_prep.parcel_names import cleaned, is_numbering
 MAX_TEXT_BYTES = 512 * 1024**2  # after decompression: 4800 timepoints of 1000 parcels in 25 characters take 120 MB
 MAX_LINE_BYTES = 2 * 1024**2
 MAX_LINES = 1024**2
-MAX_VALUES = 16 * 1024**2  # 64 MiB as float32; an hour at 0.7 s takes 5 million for 1000 parcels
+MAX_VALUES = 14 * 1024**2  # 56 MiB as float32; an hour at 0.7 s takes 5 million for 1000 parcels
 MISSING = ("", "n/a", "na", "nan")  # in any case
 MISSING_AS_WRITTEN = ("", "n/a", "N/A", "na", "NA", "nan", "NaN", "NAN")
 INDEX_NAMES = ("", "index", "unnamed: 0")  # what pandas leaves above a column that numbers the rows
