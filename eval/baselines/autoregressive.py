@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from brainlm.censoring import refill_censored
 from brainlm.input_contract import InputContract
+from eval.baselines.lagged_pairs import lagged_pairs
 from eval.baselines.simple import Baseline
 from eval.cohort import BoolArray, Cohort, FloatArray, WindowRef
 from eval.models import Predictions
@@ -66,15 +67,8 @@ class Autoregressive(Baseline):
         longest = self.orders[-1]
         total = np.zeros((cohort.num_parcels, longest + 1))
         super().fit(cohort)
-        for index in cohort.recordings("train"):
-            bold, sd_P, scored_P, kept_T = cohort.series(index, "train")
-            y = np.where(scored_P, bold / np.where(sd_P > 0, sd_P, 1.0), 0.0)
-            y[~kept_T] = 0.0
-            T = len(y)
-            for lag in range(min(longest, T - 1) + 1):
-                num_pairs = int((kept_T[lag:] & kept_T[: T - lag]).sum())
-                if num_pairs:  # (T - lag) / T x mean of the pairs: without censoring biased, so that the fit is stable
-                    total[:, lag] += (y[lag:] * y[: T - lag]).sum(axis=0) / (num_pairs * T / (T - lag))
+        for pairs in lagged_pairs(cohort, longest):
+            total[:, pairs.lag] += (pairs.later * pairs.earlier).sum(axis=0) / pairs.divisor
         fits = {order: yule_walker(total, order) for order in self.orders}
         errors = dict.fromkeys(self.orders, 0.0)
         for window in cohort.windows(1, "val"):

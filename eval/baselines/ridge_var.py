@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from brainlm.input_contract import InputContract
 from eval.baselines.forecast_windows import ForecastWindows
 from eval.baselines.forecaster import Forecaster
+from eval.baselines.lagged_pairs import lagged_pairs
 from eval.cohort import Cohort, FloatArray
 
 BATCH = 16
@@ -93,15 +94,8 @@ def lagged_covariances(cohort: Cohort, longest: int) -> FloatArray:
     """
     P = cohort.num_parcels
     total = np.zeros((longest + 1, P, P))
-    for index in cohort.recordings("train"):
-        bold, sd_P, scored_P, kept_T = cohort.series(index, "train")
-        y = np.where(scored_P, bold / np.where(sd_P > 0, sd_P, 1.0), 0.0)
-        y[~kept_T] = 0.0
-        T = len(y)
-        for lag in range(min(longest, T - 1) + 1):
-            num_pairs = int((kept_T[lag:] & kept_T[: T - lag]).sum())
-            if num_pairs:
-                total[lag] += y[lag:].T @ y[: T - lag] / (num_pairs * T / (T - lag))
+    for pairs in lagged_pairs(cohort, longest):
+        total[pairs.lag] += pairs.later.T @ pairs.earlier / pairs.divisor
     return total / max(1, len(cohort.recordings("train")))
 
 
