@@ -30,7 +30,7 @@ from data_prep.cifti_atlas import (
     read_cifti_labels,
 )
 from data_prep.label_image import open_labels, read_label_volume
-from data_prep.label_table import LabelTable, check_places, nearest_mm, read_label_table
+from data_prep.label_table import LabelTable, check_places, nearest_mm, networks_in_names, read_label_table
 from data_prep.local_input import local_input
 from data_prep.settings import AtlasSettings
 from data_prep.template_transform import PointTransform, TransformFile, find_transform, inverse_points
@@ -265,6 +265,7 @@ def load_atlas(settings: AtlasSettings) -> AtlasImage:
     """
     record: AtlasRecord | None = None
     header: tuple[str, ...] | None = None
+    is_own_table = settings.labels is None  # of the registry
     if settings.image is None:
         record = find_record(settings.name)
         header = record.header if settings.labels is None else None
@@ -276,6 +277,9 @@ def load_atlas(settings: AtlasSettings) -> AtlasImage:
             atlas = _load_grayordinates(settings, header, read_cifti_labels(image, path))
         else:
             atlas = _load_volume(settings, header, *read_label_volume(image, path))
+    if record is not None and record.network_pattern and is_own_table and atlas.atlas.networks is None:
+        networks = networks_in_names(atlas.atlas.parcel_names, record.network_pattern, str(settings.labels))
+        atlas = replace(atlas, atlas=replace(atlas.atlas, networks=networks))
     if record is not None and atlas.atlas.num_parcels != record.num_parcels:
         raise DataError(
             f"atlas {record.name}: expected {record.num_parcels} parcels, found {atlas.atlas.num_parcels} in "

@@ -79,6 +79,8 @@ class AtlasRecord:
     coords_columns : tuple of str or None
         Columns of the table with coordinates.
     hemisphere_column : str or None
+    network_pattern : str or None
+        Regular expression over a parcel's name in the table; its group is the network. Every name must match.
     space : str
         BIDS name of the template space.
     num_parcels : int
@@ -96,6 +98,7 @@ class AtlasRecord:
     header: tuple[str, ...] | None = None
     coords_columns: tuple[str, str, str] | None = None
     hemisphere_column: str | None = None
+    network_pattern: str | None = None
     space: str
     num_parcels: int
     licence: str
@@ -112,6 +115,7 @@ def _schaefer(num_parcels: int) -> AtlasRecord:
         image=AtlasFile(name=image, url=_CBIG + image),
         table=AtlasFile(name=table, url=_CBIG + table),
         hemisphere_column="name",
+        network_pattern=r"7Networks_[LR]H_([A-Za-z]+)_.+",  # 7Networks_LH_Vis_1, 7Networks_RH_Default_PFCv_2
         space="MNI152NLin6Asym",
         num_parcels=num_parcels,
         licence="MIT",

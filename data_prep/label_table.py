@@ -136,6 +136,18 @@ def read_label_table(
     )
 
 
+def networks_in_names(names: Sequence[str], pattern: str, where: str) -> tuple[str, ...]:
+    """Return the network that each parcel's name holds: the group of `pattern`, which the whole name must match."""
+    found = [re.fullmatch(pattern, name) for name in names]
+    other = [name for name, match in zip(names, found) if match is None]
+    if other:
+        raise DataError(
+            f"{where}: expected names that hold a network ({pattern}), found {', '.join(other[:MAX_LISTED])}: another "
+            "version of the table? Give it as atlas.labels, with atlas.network_column if it has one"
+        )
+    return tuple(match.group(1) for match in found if match is not None)
+
+
 def check_places(
     settings: AtlasSettings, table: LabelTable, image_side: NDArray[np.float64], away_mm: NDArray[np.float64] | None
 ) -> None:

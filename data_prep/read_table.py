@@ -75,6 +75,7 @@ def _as_text(value: Any) -> str | None:
 
 def _read_text(path: Path, text_columns: set[str], only: Iterable[str] | None) -> pd.DataFrame:
     data = path.read_bytes()
+    _check_is_text(data)
     separator = "," if path.suffix == ".csv" else "\t"
     header = _header(io.BytesIO(data), separator)
     twice = [name for name, count in Counter(header).items() if count > 1]
@@ -93,6 +94,19 @@ def _read_text(path: Path, text_columns: set[str], only: Iterable[str] | None) -
         na_values=missing,
         low_memory=False,  # one type a column, however long the table
     )
+
+
+def _check_is_text(data: bytes) -> None:
+    advice = "save the table again as UTF-8 text with tabs (.tsv) or commas (.csv)"
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        found = f"byte 0x{data[error.start]:02x} in line {line}"
+        raise DataError(f"expected text in UTF-8, found {found}: {advice}") from error
+    if (zero := data.find(b"\0")) >= 0:
+        line = data.count(b"\n", 0, zero) + 1
+        raise DataError(f"expected text in UTF-8, found a zero byte in line {line}: {advice}")
 
 
 def _check_lengths(data: bytes, separator: str, num_columns: int) -> None:
@@ -132,6 +146,8 @@ def number(value: Any, what: str) -> float | None:
     if value is None or (pd.api.types.is_scalar(value) and pd.isna(value)):
         return None
     try:
+        if isinstance(value, bool):  # JSON's true, which Python takes for 1
+            raise ValueError
         return float(value)
     except (ValueError, TypeError, OverflowError) as error:  # a sidecar can hold a list, or a number of 400 digits
         raise DataError(f"{what}: expected a number, found {reprlib.repr(value)}") from error

@@ -225,6 +225,26 @@ def test_an_unknown_name_is_answered_with_all_names():
         load_atlas(AtlasSettings(name="A42"))
 
 
+def test_networks_are_taken_from_the_names_of_schaefers_table(toy, tmp_path, monkeypatch):
+    own = tmp_path / "own"
+    own.mkdir()
+    schaefer = RECORDS["schaefer200"]
+    monkeypatch.setattr(atlas_registry, "RECORDS", {"schaefer200": replace(schaefer, num_parcels=6)})
+    monkeypatch.setenv("BRAINLM_ATLASES", str(own))
+    shutil.copy(toy.folder / "atlas.nii.gz", own / schaefer.image.name)
+    plain = load_atlas(AtlasSettings(name="toy", image=str(toy.folder / "atlas.nii.gz"))).atlas
+    ends = ("Vis_1", "SomMot_12", "DorsAttn_Post_1", "SalVentAttn_ParOper_1", "Cont_PFCl_2", "Default_pCunPCC_1")
+    lines = [f"{label}\t7Networks_?H_{end}\t120\t18\t131\t0" for label, end in zip(plain.labels, ends, strict=True)]
+    sides = np.where(plain.coords_mm[:, 0] < 0, "L", "R")
+    table = own / schaefer.table.name
+    table.write_text("\n".join(line.replace("?", side) for line, side in zip(lines, sides)) + "\n")
+    networks = ("Vis", "SomMot", "DorsAttn", "SalVentAttn", "Cont", "Default")
+    assert load_atlas(AtlasSettings(name="Schaefer200")).atlas.networks == networks
+    table.write_text(table.read_text().replace("7Networks", "17Networks"))
+    with pytest.raises(DataError, match=r"expected names that hold a network .*, found 17Networks_.H_Vis_1"):
+        load_atlas(AtlasSettings(name="schaefer200"))
+
+
 def test_the_program_downloads_and_lists(record, capsys):
     assert main([]) == 0
     assert "Toy6: 6 parcels, MNI152NLin6Asym" in capsys.readouterr().out

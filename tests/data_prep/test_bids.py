@@ -81,7 +81,7 @@ def test_folder_above_derivatives_is_told_where_to_look(toy, rng):
         find_recordings(bids(above))
 
 
-@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"', f"1{'0' * 400}"])
+@pytest.mark.parametrize("value", ["[2.0]", "[2.0, 2.0]", '{"s": 2}', '"two"', f"1{'0' * 400}", "true", "false"])
 def test_sidecar_without_a_number_refuses_its_recording_alone(toy, rng, value):
     root = toy.write_bids(rng, num_subjects=2)
     sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
@@ -89,6 +89,22 @@ def test_sidecar_without_a_number_refuses_its_recording_alone(toy, rng, value):
     entries = find_recordings(bids(root)).entries
     assert "RepetitionTime: expected a number, found" in entries[0].refusal
     assert entries[1].refusal == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"participant_id\tsite\nsub-00\tK\xf6ln\n", "byte 0xf6 in line 2"),
+        (b"\xff\xfe" + "participant_id\tsite\n".encode("utf-16-le"), "byte 0xff in line 1"),
+        (b"participant_id\tsite\nsub-00\tA\nsub-01\t\0\0\n", "a zero byte in line 3"),
+    ],
+    ids=["latin-1", "utf-16", "binary"],
+)
+def test_a_table_of_participants_that_is_no_text_is_refused(toy, rng, content, found):
+    root = toy.write_bids(rng, num_subjects=2, num_timepoints=5)
+    (root / "participants.tsv").write_bytes(content)
+    with pytest.raises(DataError, match=rf"participants\.tsv: expected text in UTF-8, found {found}: save the table"):
+        find_recordings(bids(root))
 
 
 def test_sidecar_of_brackets_refuses_its_recording_alone(toy, rng):

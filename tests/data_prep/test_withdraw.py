@@ -10,9 +10,12 @@ import pytest
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import SPLITS, open_dataset
 from brainlm.errors import DataError
+from brainlm.store import Store
 from brainlm.testing import small_model
 from data_prep import inspect_dataset
+from tests.s3_server import CREDENTIALS, serving
 
+BUCKET = "cohorts"
 GONE = ("S_001", "S_004")
 
 
@@ -54,6 +57,35 @@ def test_withdrawn_subjects_are_in_no_file(toy, made, tree_bytes, capsys):
         frame = pd.read_parquet(Path(tree["out"]) / f"{table}.parquet")
         assert not {"001", "004", *GONE} & set(frame.astype(str).to_numpy().ravel()), table
     assert inspect_dataset.main([tree["out"]]) == 0, capsys.readouterr().out
+
+
+def test_copies_in_the_cache_of_this_machine_go_too(toy, rng, monkeypatch):
+    cache = toy.folder / "cache"
+    with serving(BUCKET) as (host, port), monkeypatch.context() as patch:
+        environment = CREDENTIALS | {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "BRAINLM_CACHE": str(cache)}
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        tree = toy.settings(
+            toy.write_table(rng, num_subjects=8), out=f"s3://{BUCKET}/toy", shards={"recordings_per_shard": 3}
+        )
+        s3 = type(Store(tree["out"]).fs)
+        s3.clear_instance_cache()
+        assert toy.prepare(tree) == 0
+        train = open_dataset(tree["out"]).split("train").entries
+        gone = train[0].subject
+        before = series(tree)
+        rows = before[train[0].recording_id][10:12].tobytes()
+        assert any(rows in path.read_bytes() for path in cache.rglob("*.tar"))
+        (toy.folder / "gone.txt").write_text(f"{gone}\n")
+        assert toy.prepare(tree, f"withdraw={toy.folder / 'gone.txt'}") == 0
+        after = series(tree)
+        assert set(after) == {name for name in before if name != train[0].recording_id}
+        for recording_id, values in after.items():
+            np.testing.assert_array_equal(values, before[recording_id])
+        left = [path.read_bytes() for path in cache.rglob("*") if path.is_file()]
+        assert left
+        assert not any(train[0].recording_id.encode() in data or rows in data for data in left)
+        s3.clear_instance_cache()
 
 
 def test_statistics_stay_and_the_contract_says_so(toy, made):
