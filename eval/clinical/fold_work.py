@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from brainlm.errors import DataError
 from brainlm.targets import Target, TargetSettings, label_of, numbers
 from eval.clinical.folds import Fold
 from eval.clinical.people import People
@@ -51,7 +52,8 @@ def work(
     answers : DataFrame
         One row a target, removal and tested recording whose value is known.
     fits : DataFrame
-        One row a target and removal: sizes, loss on validation, settings that were chosen.
+        One row a target and removal: sizes, loss on validation, settings that were chosen; or why there was nothing to
+        learn, so that these people are not scored.
     """
     tables, fits = [], []
     for wanted in settings.targets:
@@ -62,7 +64,13 @@ def work(
         rows = replace(fold, train=fold.train[known[fold.train]], test=fold.test[known[fold.test]])
         if not len(rows.train) or not len(rows.test):
             continue
-        target = Target.fit(wanted, _of_subjects(values, people, rows.train, wanted.column))
+        sizes = {"num_train": len(rows.train), "num_test": len(rows.test)}
+        try:
+            target = Target.fit(wanted, _of_subjects(values, people, rows.train, wanted.column))
+        except DataError as error:  # one class at the other sites, for instance
+            lost = {"validation_loss": np.nan, "cross_validated": True, "chosen": f"left out: {error}"}
+            fits += [_about(wanted, readout, fold, removal) | sizes | lost for removal in removals]
+            continue
         y = target.encode([values[row] for row in rows.train])[0].astype(np.float64)
         predictor = make(wanted)
         for removal in removals:
@@ -76,14 +84,17 @@ def work(
                 seed=settings.seed + fold.repeat,
             )
             answer = predictor.answer(problem)
-            about: dict[str, Any] = {"target": wanted.column, "kind": wanted.kind, "readout": readout}
-            about |= {"folds": fold.kind, "confounds": removal, "repeat": fold.repeat, "fold": fold.name}
+            about = _about(wanted, readout, fold, removal)
             table = _answers(about, target, values, people, rows.test, answer, classes_of(wanted, values))
             tables.append(table.assign(**_labels(people, rows.test, settings.by)))
-            sizes = {"num_train": len(rows.train), "num_test": len(rows.test)}
             found = {"validation_loss": answer.validation_loss, "cross_validated": answer.cross_validated}
             fits.append(about | sizes | found | {"chosen": answer.chosen})
     return (pd.concat(tables, ignore_index=True) if tables else pd.DataFrame()), pd.DataFrame(fits)
+
+
+def _about(wanted: TargetSettings, readout: str, fold: Fold, removal: str) -> dict[str, Any]:
+    what = {"target": wanted.column, "kind": wanted.kind, "readout": readout, "folds": fold.kind, "confounds": removal}
+    return {**what, "repeat": fold.repeat, "fold": fold.name}
 
 
 def known_values(wanted: TargetSettings, values: Sequence[object]) -> NDArray[np.bool_]:

@@ -56,8 +56,10 @@ def _folds(model: str, condition: Condition, answers: Answers, output: UnitOutpu
     if output.validation is None or not len(output.validation):
         return found
     keys = [*CONDITIONS, "repeat", "fold"]
-    more = output.validation[[*keys, *FIT]]
-    return found.merge(more, on=keys, how="left")
+    here = (output.validation[list(CONDITIONS)] == list(condition)).all(axis=1)
+    more = output.validation.loc[here, [*keys, *FIT]]
+    named = {"model": model, "metric": answers.first_metric}
+    return more.merge(found[[*keys, "value"]], on=keys, how="left").assign(**named)  # also folds without an answer
 
 
 def _groups(model: str, condition: Condition, answers: Answers, intervals: IntervalsSettings) -> pd.DataFrame:

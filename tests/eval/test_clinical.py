@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -151,6 +152,28 @@ def test_nobody_is_learned_from_and_tested(dataset: Dataset, checkpoint: str) ->
     assert len(people) == 60
     assert {member.split for member in people.members} == {"val", "test"}
     assert len(set(people.groups)) == 59  # twins
+
+
+def test_a_fold_with_nothing_to_learn_is_listed(dataset: Dataset, checkpoint: str, tmp_path: Path) -> None:
+    """Of two sites one has all cases: at the other there is one class."""
+    table = pd.read_parquet(io.BytesIO(dataset.store.read_bytes("subjects.parquet")))
+    people = find_people(Cohort.of(dataset), ClinicalSettings())
+    site = {member.subject: place for member, place in zip(people.members, people.sites(), strict=True)}
+    of_site_a = np.array([site[subject] == "a" for subject in table["subject"]])
+    table["case"] = np.where(of_site_a & (table["sex"] == "F"), "yes", "no")
+    copy = tmp_path / "dataset"
+    shutil.copytree(dataset.store.path(), copy)
+    table.to_parquet(copy / "subjects.parquet")
+    few = (
+        "clinical={targets: [{column: case, kind: classification}], fold_kinds: [sites], readouts: [linear], "
+        "baselines: ['FC, linear'], permuted_control: false}"
+    )
+    assert run(open_dataset(str(copy)), checkpoint, tmp_path / "out", few) == 0
+    folds = pd.read_parquet(tmp_path / "out" / "clinical_folds.parquet").query("model == 'FC, linear'")
+    assert set(folds["fold"]) == {"a", "b"}
+    lost = folds[folds["fold"] == "a"]
+    assert lost["chosen"].str.startswith("left out: target case: one class").all()
+    assert lost["value"].isna().all()
 
 
 def test_tables_for_the_report_are_there(finished: Path) -> None:
