@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
 from eval.planning import Plan, make_tasks, unit_for_worker
-from eval.task import Runtime, Unit, is_done, read_features, write_features, write_output
+from eval.task import Runtime, StoredFeatures, Unit, is_done, write_features, write_output
 
 MANY, EVERY_S = 60, 2.0
 """Of more units than that, one is named in so many seconds."""
@@ -40,7 +40,7 @@ def compute_unit(plan: Plan, unit: Unit) -> UnitReport:
             untrained_seed=settings.untrained_seed,
             threads=settings.threads,
             out=settings.out,
-            prepared={needed.spec.name: read_features(store, needed) for needed in unit.needs},
+            prepared={needed.spec.name: StoredFeatures(store, needed) for needed in unit.needs},
         )
         if unit.is_preparation:
             write_features(store, unit, task.prepare(unit.spec, plan.cohort(), runtime))
@@ -83,9 +83,9 @@ def run_units(plan: Plan, units: Sequence[Unit], say: Callable[[str], None] = pr
 
     if workers == 0:
         for unit in before:
-            note(compute_unit(sent, unit))
+            note(compute_unit(sent, unit_for_worker(unit)))
         for unit in ready():
-            note(compute_unit(sent, unit))
+            note(compute_unit(sent, unit_for_worker(unit)))
         return reports
     with ray_session(plan.settings.ray.address, num_cpus=workers) as ray:
         for wave in (lambda: before, ready):

@@ -25,6 +25,7 @@ from eval.report_input import (
     strongest,
 )
 from eval.report_verdicts import (
+    WHO,
     Claim,
     Verdict,
     compare,
@@ -216,7 +217,7 @@ def lead(results: Results) -> str:
         here = [s for s in results.scores if s.split == split]
         tasks = listed(list(dict.fromkeys(s.task for s in here)))
         subjects, recordings = max(s.num_subjects for s in here), max(s.num_recordings for s in here)
-        of = "that no checkpoint was pretrained on," if split == "unseen" else f"of the {split} split"
+        of = WHO.get(split, f"of the {split} split")
         counts = f"{counted(subjects, 'subject')} ({counted(recordings, 'recording')})"
         parts.append(f"on {tasks}, using {counts} {of}")
     simulated = ", which is simulated," if results.is_simulated else ""

@@ -72,10 +72,17 @@ class Claim:
     details: tuple[str, ...] = ()
 
 
+WHO = {
+    "unseen": "that no checkpoint was pretrained on,",
+    "all": "whom a checkpoint may have been pretrained on,",
+}
+"""Of people that a task has chosen, whatever the splits of the data set."""
+
+
 def held_out(score: Score) -> str:
     """Count the people behind a score, and say whether the model has met them."""
-    if score.split == "unseen":
-        return f"{counted(score.num_subjects, 'subject')} that no checkpoint was pretrained on"
+    if score.split in WHO:
+        return f"{counted(score.num_subjects, 'subject')} {WHO[score.split].rstrip(',')}"
     seen = any("trained on" in note or "seen" in note for note in score.notes)
     held_out = "held-out " if score.split in ("val", "test") and not seen else ""
     return counted(score.num_subjects, f"{held_out}subject")

@@ -14,6 +14,7 @@ import sys
 import time
 from datetime import UTC, datetime
 
+from brainlm.checkpoint import train_subjects
 from brainlm.config import load_config, parse_entry_args, to_yaml
 from brainlm.errors import BrainLMError
 from brainlm.store import Store
@@ -94,6 +95,7 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
         seed=settings.intervals.seed,
         level=settings.intervals.level,
         notes=data_notes(plan),
+        seen_left_out=seen_left_out(plan),
     )
     scores: list[Score] = []
     for name, task in make_tasks(settings).items():
@@ -115,6 +117,12 @@ def write_results(plan: Plan, store: Store, done: list[Unit]) -> list[Score]:
             write_clinical(store, outputs, settings.intervals)
     write_scores(store, scores)
     return scores
+
+
+def seen_left_out(plan: Plan) -> bool:
+    """Say whether tasks that choose their people know, and leave out, whom the checkpoints were trained on."""
+    allowed = plan.settings.allow_seen_subjects and bool(plan.checkpoints)
+    return not allowed and all(train_subjects(folder) is not None for folder in plan.pretrained)
 
 
 def data_notes(plan: Plan) -> tuple[str, ...]:

@@ -10,7 +10,8 @@ from __future__ import annotations
 import io
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -84,6 +85,8 @@ class ScoreContext:
     seed: int
     level: float
     notes: tuple[str, ...] = ()
+    seen_left_out: bool = True
+    """Whether it is known whom the checkpoints were trained on, and tasks that choose their people leave these out."""
 
 
 class Task(Protocol):
@@ -121,6 +124,10 @@ class Task(Protocol):
     def prepare(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> Features:
         """Compute one of `prepared`: ``runtime.prepared[spec.name]`` for the units that need it."""
         raise ConfigError(f"{self.name} prepares nothing, found {spec.name}")
+
+    def warnings(self, spec: MethodSpec, cohort: Cohort) -> list[str]:
+        """Say what of a method cannot be computed, though it was asked for."""
+        return []
 
     def hashed_data(self, cohort: Cohort) -> str:
         """Return a hash of what the numbers depend on besides the data set and the settings, "" if nothing."""
@@ -226,25 +233,45 @@ def write_features(store: Store, unit: Unit, features: Features) -> None:
     store.write_bytes(f"{unit.stem}.parquet", to_parquet(pd.DataFrame({"feature": list(features)})))
 
 
-def read_features(store: Store, unit: Unit) -> dict[str, NDArray[Any]]:
-    """Read what `write_features` left; from a local disk it is mapped, not copied to memory.
+class StoredFeatures(Mapping[str, NDArray[Any]]):
+    """What `write_features` left, read when it is asked for; from a local disk it is mapped, not copied to memory.
 
     Raises
     ------
     StoreError
         If a file is damaged, naming the files to remove.
     """
-    found: dict[str, NDArray[Any]] = {}
-    try:
-        names = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parquet")))["feature"]
-        for name in names:
-            file = f"{unit.stem}.{name}.npy"
-            source = store.path(file) if store.is_local else io.BytesIO(store.read_bytes(file))
-            found[name] = np.load(source, mmap_mode="r" if store.is_local else None, allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        files = f"{store.url_of(unit.stem)}.*"
-        raise StoreError(f"{files} is damaged; remove these files and run again: {error}") from error
-    return found
+
+    def __init__(self, store: Store, unit: Unit) -> None:
+        self.store, self.stem = store, unit.stem
+        with self._reading():
+            table = pd.read_parquet(io.BytesIO(store.read_bytes(f"{unit.stem}.parquet")))
+        self.names = [str(name) for name in table["feature"]]
+
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        if name not in self.names:
+            raise KeyError(name)
+        file = f"{self.stem}.{name}.npy"
+        with self._reading():
+            if self.store.is_local:
+                mapped: NDArray[Any] = np.load(self.store.path(file), mmap_mode="r", allow_pickle=False)
+                return mapped
+            loaded: NDArray[Any] = np.load(io.BytesIO(self.store.read_bytes(file)), allow_pickle=False)
+            return loaded
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, EOFError, OSError) as error:
+            files = f"{self.store.url_of(self.stem)}.*"
+            raise StoreError(f"{files} is damaged; remove these files and run again: {error}") from error
 
 
 def to_parquet(frame: pd.DataFrame) -> bytes:

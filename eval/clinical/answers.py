@@ -59,6 +59,15 @@ class Answers:
         return sorted(self.frame["group"].unique())
 
     @cached_property
+    def rows(self) -> set[tuple[int, str]]:
+        """Which recordings were tested in which repeat."""
+        return set(zip(self.frame["repeat"], self.frame["recording"], strict=True))
+
+    @property
+    def num_folds(self) -> int:
+        return len(self.frame[["repeat", "fold"]].drop_duplicates())
+
+    @cached_property
     def repeats(self) -> list[tuple[Rows, NDArray[np.integer[Any]]]]:
         """The rows of each repeat, and the number of the group of each."""
         number = {group: i for i, group in enumerate(self.groups)}
@@ -88,9 +97,10 @@ class Answers:
 
     @cached_property
     def by_fold(self) -> pd.DataFrame:
-        """Return the first metric in each fold: ``repeat``, ``fold``, ``value`` (NaN where not defined).
+        """Return the first metric in each fold: ``repeat``, ``fold``, ``value`` (NaN where not defined), ``weight``.
 
-        Of a regression 1 - MSE / variance of all tested values, so that the mean over folds is R2.
+        Of a regression 1 - MSE / variance of all tested values. The mean with the weights, which are tested rows, or
+        pairs of a classification of two, is the score of the repeat.
         """
         found: list[dict[str, Any]] = []
         for (repeat, fold), frame in self.frame.groupby(["repeat", "fold"], sort=True):
@@ -101,7 +111,10 @@ class Answers:
                 value = 1 - mse / variance if variance > 0 else np.nan
             else:
                 value = float(auc(rows, np.ones((1, len(frame))))[0])
-            found.append({"repeat": repeat, "fold": fold, "value": value})
+            weight = len(frame)
+            if len(self.classes) == 2:
+                weight = int((rows.truth == 0).sum() * (rows.truth == 1).sum())
+            found.append({"repeat": repeat, "fold": fold, "value": value, "weight": weight})
         return pd.DataFrame(found)
 
     def _mean(self, metric: RowMetric, counts: FloatArray) -> FloatArray:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from brainlm.fitting import FitSettings
 from brainlm.heads import SHRINKAGE
+from eval.clinical.coordinates import standardised
 from eval.clinical.network_fit import Inputs, NetworkPredictor, output_layer
 from eval.clinical.problem import FloatArray, IntArray, Problem
 
@@ -148,9 +149,7 @@ def _standard_confounds(problem: Problem, num_rows: int) -> FloatArray:
     """Return confounds (rows of all people, C) in units of the training rows; C = 0 where none are to be removed."""
     if problem.nuisance is None:
         return np.zeros((num_rows, 0))
-    train = problem.nuisance[problem.train]
-    out: FloatArray = (problem.nuisance - train.mean(axis=0)) / np.where(train.std(axis=0) > 0, train.std(axis=0), 1.0)
-    return out
+    return standardised(problem.nuisance[problem.train], problem.nuisance)[1]
 
 
 def _whitener(cov_DD: FloatArray) -> Tensor:

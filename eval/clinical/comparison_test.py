@@ -6,7 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 
-def resampled_t_p_value(differences: NDArray[np.float64], test_share: float) -> float:
+def resampled_t_p_value(
+    differences: NDArray[np.float64], test_share: float, weights: NDArray[np.float64] | None = None
+) -> float:
     """Return the two-sided p value of a mean difference over folds.
 
     Training rows of folds overlap, so that the differences vary less than they would over new people; the variance of
@@ -18,6 +20,8 @@ def resampled_t_p_value(differences: NDArray[np.float64], test_share: float) -> 
         Of two methods in each fold of each repeat; NaN where not defined, which is left out.
     test_share : float
         Tested rows over training rows.
+    weights : ndarray, shape (J,), float64, optional
+        Of folds that are not equally large: their weighted mean is what is tested.
 
     Returns
     -------
@@ -26,7 +30,10 @@ def resampled_t_p_value(differences: NDArray[np.float64], test_share: float) -> 
     """
     from scipy.stats import t
 
-    known = differences[np.isfinite(differences)]
+    defined = np.isfinite(differences)
+    known = differences[defined]
+    if weights is not None and weights[defined].sum() > 0:
+        known = known * weights[defined] / weights[defined].mean()
     if len(known) < 2:
         return float("nan")
     if not known.any():

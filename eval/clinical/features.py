@@ -28,15 +28,48 @@ def fisher_z(people: People, row: int) -> NDArray[np.float32]:
 
 
 def connectivity(people: People) -> Features:
-    """Return ``fisher_z`` (rows, P (P - 1) / 2), float32, and ``gram``, their inner products."""
-    found = np.stack([fisher_z(people, row) for row in range(len(people))])
-    return {"fisher_z": found, "gram": gram_of(lambda row: found[row], len(found))}
+    """Return ``fisher_z`` (rows, P (P - 1) / 2), float32, and ``gram``, inner products.
+
+    In these a pair with a missing parcel has the mean of the recordings that have it, not 0: who lacks a parcel would
+    else differ from all others first of all.
+    """
+    P = people.cohort.num_parcels
+    found = np.empty((len(people), P * (P - 1) // 2), dtype=np.float32)
+    for row in range(len(people)):
+        found[row] = fisher_z(people, row)
+    return {"fisher_z": found, "gram": centred_gram(found, found.dtype.type(0))}
+
+
+def centred_gram(rows: NDArray[np.floating], missing: np.floating[Any]) -> NDArray[np.float64]:
+    """Return inner products about the mean of all rows, which is also taken where a value is `missing`, 0 or NaN.
+
+    Inner products keep their digits so; folds take the mean of their training rows off again, where nothing is missing.
+    """
+
+    def known(row: int) -> NDArray[np.bool_]:
+        return np.isfinite(rows[row]) if np.isnan(missing) else rows[row] != missing
+
+    total, num = np.zeros(rows.shape[1:]), np.zeros(rows.shape[1:])
+    for row in range(len(rows)):
+        here = known(row)
+        total += np.where(here, rows[row], 0)
+        num += here
+    mean = total / np.maximum(num, 1)
+    return gram_of(lambda row: np.where(known(row), rows[row] - mean, 0.0).ravel(), len(rows))
 
 
 def covariances(people: People) -> Features:
-    """Return ``covariance`` (rows, P, P), float32, of standardised series at kept timepoints, shrunk."""
-    found = [covariance(people.standardised(row)[people.kept(row)]).astype(np.float32) for row in range(len(people))]
-    return {"covariance": np.stack(found)}
+    """Return ``covariance`` (rows, P, P), float32, of standardised series at kept timepoints, shrunk.
+
+    A parcel without signal has variance 1 and no covariance.
+    """
+    P = people.cohort.num_parcels
+    found = np.tile(np.eye(P, dtype=np.float32), (len(people), 1, 1))
+    for row in range(len(people)):
+        series = people.standardised(row)[people.kept(row)]
+        here = np.flatnonzero(series.any(axis=0))
+        found[row][np.ix_(here, here)] = covariance(series[:, here])
+    return {"covariance": found}
 
 
 def raw_series(people: People) -> Features:
@@ -61,21 +94,18 @@ def embeddings(people: People, model: Any, batch_size: int, per_parcel: bool) ->
     With `per_parcel` also ``parcels`` (rows, P, D), float16, NaN for parcels that the network was not shown, and
     ``parcels_gram``, their inner products, with the mean over all recordings for what was not shown.
     """
-    found: dict[str, list[NDArray[Any]]] = {"cls": [], "pooled": []}
+    arrays: dict[str, NDArray[Any]] = {}
     for row in range(len(people)):
         embedded = embed_recording(
             model, people.recording(row), native_tr=True, batch_size=batch_size, per_parcel=per_parcel
         )
-        found["cls"].append(embedded.mean_cls)
-        found["pooled"].append(embedded.mean_pooled)
+        found: dict[str, NDArray[Any]] = {"cls": embedded.mean_cls, "pooled": embedded.mean_pooled}
         if embedded.mean_parcels is not None:
-            found.setdefault("parcels", []).append(embedded.mean_parcels.astype(np.float16))
-    arrays = {name: np.stack(rows) for name, rows in found.items()}
+            found["parcels"] = embedded.mean_parcels.astype(np.float16)
+        for name, values in found.items():
+            if row == 0:
+                arrays[name] = np.empty((len(people), *values.shape), dtype=values.dtype)
+            arrays[name][row] = values
     if per_parcel:
-        parcels = arrays["parcels"]
-        known = np.isfinite(parcels)
-        total = np.where(known, parcels, 0).sum(axis=0, dtype=np.float64)
-        mean = total / np.maximum(known.sum(axis=0), 1)
-        # About the mean of all, so that inner products keep their digits; folds take their own mean off again.
-        arrays["parcels_gram"] = gram_of(lambda row: np.nan_to_num(parcels[row] - mean).ravel(), len(parcels))
+        arrays["parcels_gram"] = centred_gram(arrays["parcels"], np.float16("nan"))
     return arrays

@@ -62,7 +62,8 @@ def work(
         if permuted:
             values = _permuted(values, people, known, [settings.seed, fold.repeat], wanted.column)
         rows = replace(fold, train=fold.train[known[fold.train]], test=fold.test[known[fold.test]])
-        if not len(rows.train) or not len(rows.test):
+        is_itself = fold.kind == "sites" and wanted.column == "site"  # a site is not known to the others
+        if is_itself or not len(rows.train) or not len(rows.test):
             continue
         sizes = {"num_train": len(rows.train), "num_test": len(rows.test)}
         try:

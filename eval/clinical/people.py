@@ -14,9 +14,10 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from brainlm.checkpoint import train_subjects
+from brainlm.errors import DataError
 from brainlm.members import ChosenRecordings, Columns, Member, Members
 from brainlm.recording import Recording
-from brainlm.targets import label_of, numbers
+from brainlm.targets import MAX_CLASSES, label_of, numbers
 from eval.clinical.settings import ClinicalSettings
 from eval.cohort import Cohort
 
@@ -35,7 +36,7 @@ class People:
     cohort : Cohort
         How the data set is cut, and the key of the hashes that stand for subjects.
     num_left_out : int
-        Recordings that are too short, or of people whom a checkpoint was pretrained on.
+        Recordings that are too short, or without signal, or of people whom a checkpoint was pretrained on.
     """
 
     members: tuple[Member, ...]
@@ -88,17 +89,28 @@ class People:
     def confounds(self, columns: Sequence[str]) -> FloatArray:
         """Return confounds as columns of numbers, shape (rows, C), NaN where a number is missing.
 
-        Text, and ``site``, become a column a value; a column in which numbers are missing brings another one, 1 where
-        they are; columns that the data set lacks are left out.
+        Text, and ``site``, become a column a value, where no more than half of it are numbers; a column in which
+        numbers are missing brings another one, 1 where they are; columns that the data set lacks are left out.
+
+        Raises
+        ------
+        DataError
+            If there is text among numbers, or too many different texts for classes.
         """
         found: list[FloatArray] = []
         for column in columns:
             if not self.source.has(column):
                 continue
             values = self.values(column)
-            if column == "site" or any(isinstance(value, str) for value in values):
+            if column == "site" or not _are_numbers(values):
                 labels = np.array([label_of(value) for value in values])
-                found += [(labels == label).astype(np.float64) for label in sorted(set(labels) - {""})]
+                names = sorted(set(labels) - {""})
+                if column != "site" and len(names) > MAX_CLASSES:
+                    raise DataError(
+                        f"confound {column}: {len(names)} different texts among {len(self)} recordings, at most "
+                        f"{MAX_CLASSES} are taken as classes: correct the column, or leave it out of clinical.confounds"
+                    )
+                found += [(labels == label).astype(np.float64) for label in names]
             else:
                 x = numbers(column, values)
                 missing = np.isnan(x)
@@ -141,9 +153,30 @@ def find_people(cohort: Cohort, settings: ClinicalSettings) -> People:
         if member.num_timepoints >= cohort.window_len
         and member.group not in seen
         and (settings.of == "unseen" or member.split == cohort.split)
-        and source.readers[member.split].kept(member.index, 0, member.num_timepoints).sum() > 1  # type: ignore[index]
+        and _can_be_read(source, member, cohort)
     )
     return People(members, source, cohort, len(source.all) - len(members))
+
+
+def _can_be_read(source: Members, member: Member, cohort: Cohort) -> bool:
+    """Say whether there are two kept timepoints, and two parcels with signal that all checkpoints can use."""
+    reader = source.readers[member.split]  # type: ignore[index]
+    kept = reader.kept(member.index, 0, member.num_timepoints)
+    return bool(kept.sum() > 1 and (reader.present(member.index) & cohort.usable_P).sum() > 1)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Say whether most of what is known of a column are numbers: text among them is then a mistake."""
+    labels = [label for label in map(label_of, values) if label]
+    return sum(_is_number(label) for label in labels) * 2 > len(labels) or not labels
+
+
+def _is_number(label: str) -> bool:
+    try:
+        float(label)
+    except ValueError:
+        return False
+    return True
 
 
 def _columns(parquet: bytes) -> Columns:

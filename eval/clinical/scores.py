@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from eval.clinical.answers import Answers, Condition, answers_by_condition, interval, plain_condition
+from eval.clinical.answers import CONDITIONS, Answers, Condition, answers_by_condition, interval, plain_condition
 from eval.clinical.comparison_test import resampled_t_p_value
 from eval.clinical.settings import ClinicalSettings
 from eval.make_scores import corrected
@@ -24,11 +24,21 @@ def clinical_scores(settings: ClinicalSettings, version: int, outputs: Outputs, 
     """Score every method under every condition, and compare each with the reference baseline of its target."""
     everything = {spec.name: dict(answers_by_condition(output.table)) for spec, output in outputs}
     specs = {spec.name: spec for spec, _ in outputs}
+    fits = {spec.name: output.validation for spec, output in outputs}
     references = choose_references(settings, outputs)
+    num_folds: dict[Condition, int] = {}
+    for answers_of in everything.values():
+        for condition, answers in answers_of.items():
+            key = _bare(condition)
+            num_folds[key] = max(num_folds.get(key, 0), answers.num_folds)
     scores: list[Score] = []
     for name, answers_of in everything.items():
         for condition, answers in answers_of.items():
             common = _common(settings, version, specs[name], answers, context)
+            complete = num_folds[_bare(condition)]
+            if answers.num_folds < complete:
+                lacking = f"{answers.num_folds} of {complete} folds alone: the others could not be computed"
+                common["notes"] += (lacking,)
             plain = plain_condition(condition)
             for metric_name, metric in answers.metrics.items():
                 value = answers.value(metric)
@@ -42,7 +52,7 @@ def clinical_scores(settings: ClinicalSettings, version: int, outputs: Outputs, 
             reference = references.get(_bare(condition), "")
             theirs = everything.get(reference, {}).get(_bare(condition))
             if theirs is not None and name != reference:
-                compared = compare(answers, theirs, context)
+                compared = compare(answers, theirs, context, test_share(fits[name], condition))
                 if compared:
                     first = f"{answers.first_metric}_minus_reference"
                     scores.append(
@@ -63,16 +73,21 @@ def _corrected(scores: Sequence[Score]) -> list[Score]:
     return found
 
 
-def compare(ours: Answers, theirs: Answers, context: ScoreContext) -> dict[str, Any]:
-    """Return the difference of the first metric with interval and p value; {} where it is not defined."""
+def compare(ours: Answers, theirs: Answers, context: ScoreContext, share: float) -> dict[str, Any]:
+    """Return the difference of the first metric with interval and p value; {} where it is not defined.
+
+    Nor is it where the two were not asked about the same people in every repeat.
+    """
     metric = ours.metrics[ours.first_metric]
     value = ours.value(metric) - theirs.value(metric)
-    if not np.isfinite(value) or ours.groups != theirs.groups:
+    if not np.isfinite(value) or ours.rows != theirs.rows:
         return {}
     drawn = [answers.replicates(metric, context.num_bootstrap, context.seed) for answers in (ours, theirs)]
     low, high = interval(drawn[0] - drawn[1], len(ours.groups), context.level)
     both = ours.by_fold.merge(theirs.by_fold, on=["repeat", "fold"], suffixes=("", "_theirs"))
-    p_value = resampled_t_p_value((both["value"] - both["value_theirs"]).to_numpy(np.float64), _test_share(ours))
+    differences = (both["value"] - both["value_theirs"]).to_numpy(np.float64)
+    weights = (both["weight"] / both.groupby("repeat")["weight"].transform("sum")).to_numpy(np.float64)
+    p_value = resampled_t_p_value(differences, share, weights)
     return {"value": value, "ci_low": low, "ci_high": high, "p_value": p_value if np.isfinite(p_value) else None}
 
 
@@ -107,20 +122,20 @@ def _bare(condition: Condition) -> Condition:
     return condition[0], "", condition[2], condition[3]
 
 
-def _test_share(answers: Answers) -> float:
-    """Return tested rows over training rows of a fold, on average."""
-    shares = []
-    for _, frame in answers.frame.groupby("repeat"):
-        tested = frame.groupby("fold").size().to_numpy(np.float64)
-        shares.append(float((tested / np.maximum(len(frame) - tested, 1)).mean()))
-    return float(np.mean(shares))
+def test_share(fits: pd.DataFrame | None, condition: Condition) -> float:
+    """Return tested rows over training rows of a fold, on average over those of a condition."""
+    assert fits is not None
+    here = fits[(fits[list(CONDITIONS)] == list(condition)).all(axis=1)]
+    return float((here["num_test"] / here["num_train"]).mean())
 
 
 def _common(
     settings: ClinicalSettings, version: int, spec: MethodSpec, answers: Answers, context: ScoreContext
-) -> Mapping[str, Any]:
+) -> dict[str, Any]:
     num_subjects = int(answers.frame["subject"].nunique())
     notes = spec.notes + context.notes
+    if not context.seen_left_out:
+        notes += ("people that a checkpoint was pretrained on may be among those who are tested",)
     if len(answers.groups) < num_subjects:
         notes += ("subjects of one family are resampled together",)
     if len(answers.groups) < 2:
@@ -130,7 +145,7 @@ def _common(
         "version": version,
         "dataset": context.dataset,
         "dataset_hash": context.dataset_hash,
-        "split": "unseen" if settings.of == "unseen" else context.split,
+        "split": context.split if settings.of == "split" else "unseen" if context.seen_left_out else "all",
         "model": spec.name,
         "model_kind": spec.kind,
         "model_hash": spec.model_hash,

@@ -68,7 +68,7 @@ class Clinical(Task):
         people = find_people(cohort, self.settings)
         columns = [target.column for target in self.settings.targets]
         columns += [name for name in (*self.settings.confounds, *self.settings.by, "site") if people.source.has(name)]
-        values = {column: [label_of(value) for value in people.values(column)] for column in columns}
+        values = {column: [f"{type(v).__name__} {label_of(v)}" for v in people.values(column)] for column in columns}
         return config_hash({"people": people.content_hash(), "values": values})
 
     def why_not(self, cohort: Cohort) -> str:
@@ -107,17 +107,15 @@ class Clinical(Task):
         return [_permuted(spec)]
 
     def parts(self, spec: MethodSpec, cohort: Cohort) -> list[str]:
-        labels = [fold.label for fold in self._folds(find_people(cohort, self.settings))]
-        if not spec.checkpoint:
-            return labels
-        readouts: Sequence[str] = self.settings.readouts
-        if spec.variant == PERMUTED:
-            readouts = ("linear",)
-        elif self._reads_parcels and why_no_parcels(open_model(spec.checkpoint)):
+        readouts = self._readouts(spec)
+        if self._reads_parcels and spec.checkpoint and why_no_parcels(open_model(spec.checkpoint)):
             readouts = [readout for readout in readouts if readout not in OF_PARCELS]
-        found = [f"{readout}{BETWEEN}{label}" for readout in readouts for label in labels]
-        edition = f"{BETWEEN}{self._finetune_edition()}"
-        return [part + edition if part.startswith(FINE_TUNED) else part for part in found]
+        return list(self._pieces(readouts, find_people(cohort, self.settings)))
+
+    def warnings(self, spec: MethodSpec, cohort: Cohort) -> list[str]:
+        lacking = [readout for readout in self._readouts(spec) if readout in OF_PARCELS]
+        reason = why_no_parcels(open_model(spec.checkpoint)) if spec.checkpoint and lacking else ""
+        return [f"{spec.name} has no readout {' or '.join(lacking)}: {reason}"] if reason else []
 
     def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
         if spec.checkpoint:
@@ -142,9 +140,7 @@ class Clinical(Task):
 
     def compute(self, spec: MethodSpec, cohort: Cohort, runtime: Runtime) -> UnitOutput:
         people = find_people(cohort, self.settings)
-        pieces = spec.part.split(BETWEEN)
-        readout, label = pieces[:2] if len(pieces) > 1 else ("", pieces[0])
-        fold = next(fold for fold in self._folds(people) if fold.label == label)
+        readout, fold = self._pieces(self._readouts(spec), people)[spec.part]
         answers, fits = work(
             people,
             fold,
@@ -162,6 +158,21 @@ class Clinical(Task):
     @property
     def _reads_parcels(self) -> bool:
         return any(readout in OF_PARCELS for readout in self.settings.readouts)
+
+    def _readouts(self, spec: MethodSpec) -> Sequence[str]:
+        """Return the readouts of a network that are asked for; of a baseline "" alone."""
+        if not spec.checkpoint:
+            return [""]
+        return ["linear"] if spec.variant == PERMUTED else self.settings.readouts
+
+    def _pieces(self, readouts: Sequence[str], people: People) -> dict[str, tuple[str, Fold]]:
+        """Name the pieces of work: readout and fold, and of fine-tuning the edition of its configuration."""
+        found = {}
+        for readout in readouts:
+            edition = [self._finetune_edition()] if readout == FINE_TUNED else []
+            for fold in self._folds(people):
+                found[BETWEEN.join([*([readout] if readout else []), fold.label, *edition])] = readout, fold
+        return found
 
     def _folds(self, people: People) -> list[Fold]:
         settings = self.settings

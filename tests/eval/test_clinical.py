@@ -14,7 +14,7 @@ import pytest
 
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset, open_dataset
-from brainlm.errors import ConfigError
+from brainlm.errors import ConfigError, DataError
 from brainlm.store import Store
 from brainlm.testing import small_model
 from eval.clinical.features import fisher_z
@@ -254,6 +254,36 @@ def test_what_cannot_be_predicted_is_said(dataset: Dataset, checkpoint: str, tmp
         more = f"clinical={{targets: [{{column: {column}, kind: {kind}}}]}}"
         assert run(dataset, checkpoint, tmp_path, more) == 1
         assert message in capsys.readouterr().err
+
+
+def test_confounds_are_numbers_or_classes(dataset: Dataset, tmp_path: Path) -> None:
+    table = pd.read_parquet(io.BytesIO(dataset.store.read_bytes("subjects.parquet")))
+    table["scanner"] = np.where(np.arange(len(table)) % 2, "old", "new")
+    table["weight"] = [str(60 + i) if i else "heavy" for i in range(len(table))]
+    table["note"] = [f"note {i}" for i in range(len(table))]
+    table["part"] = [1.0 if i else np.nan for i in range(len(table))]
+    shutil.copytree(dataset.store.path(), tmp_path / "dataset")
+    table.to_parquet(tmp_path / "dataset" / "subjects.parquet")
+    people = find_people(Cohort.of(open_dataset(str(tmp_path / "dataset"))), ClinicalSettings())
+    assert people.confounds(["scanner"]).shape == (68, 2)
+    assert people.confounds(["part", "nothing"]).shape == (68, 2)
+    with pytest.raises(DataError, match="expected numbers, found text in 1 of 68 rows"):
+        people.confounds(["weight"])
+    with pytest.raises(DataError, match="confound note: 68 different texts"):
+        people.confounds(["note"])
+
+
+@pytest.mark.slow
+def test_people_that_were_seen_are_marked(dataset: Dataset, checkpoint: str, tmp_path: Path) -> None:
+    few = (
+        "clinical={targets: [{column: age}], repeats: 1, folds: 2, fold_kinds: [random], readouts: [linear], "
+        "baselines: ['FC, linear'], permuted_control: false, remove_confounds: false}"
+    )
+    assert run(dataset, checkpoint, tmp_path, few, "allow_seen_subjects=true") == 0
+    scores = read_scores(Store(tmp_path))
+    assert {s.split for s in scores} == {"all"}
+    assert all(any("may be among those" in note for note in s.notes) for s in scores)
+    assert score(tmp_path, "FC, linear", "r2", "age").num_subjects == 67
 
 
 def test_without_targets_the_task_is_left_out(

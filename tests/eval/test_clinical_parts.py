@@ -16,6 +16,7 @@ from eval.clinical import metrics
 from eval.clinical.answers import Answers
 from eval.clinical.comparison_test import resampled_t_p_value
 from eval.clinical.coordinates import FeatureCoordinates, GramCoordinates, gram_of, standardised
+from eval.clinical.features import centred_gram
 from eval.clinical.folds import random_folds, site_folds
 from eval.clinical.linear import Linear
 from eval.clinical.metrics import Rows
@@ -266,6 +267,28 @@ def test_the_resampled_t_test_is_that_of_the_formula() -> None:
     assert resampled_t_p_value(np.zeros(5), 0.25) == 1
     assert np.isnan(resampled_t_p_value(d[:1], 0.25))
     assert np.isnan(resampled_t_p_value(np.full(3, 0.2), 0.25))
+
+
+def test_folds_of_other_sizes_count_by_what_is_tested_in_them() -> None:
+    """Ahead at the large site and behind at small ones: the mean that is tested has the sign of the score."""
+    differences = np.array([0.3, *[-0.2 + 0.01 * i for i in range(8)]])
+    weights = np.array([400.0, *[20.0] * 8])
+    known = differences * weights / weights.mean()
+    assert known.mean() == pytest.approx(np.average(differences, weights=weights))
+    assert resampled_t_p_value(differences, 0.25, weights) == pytest.approx(resampled_t_p_value(known, 0.25))
+    assert resampled_t_p_value(differences, 0.25, weights) > resampled_t_p_value(differences, 0.25)
+
+
+def test_what_is_missing_is_the_mean_of_the_others(rng: np.random.Generator) -> None:
+    values = rng.standard_normal((20, 6)) + 3
+    for missing in (0.0, np.nan):
+        lacking = values.copy()
+        lacking[4, 2] = lacking[7, 5] = missing
+        filled = values.copy()
+        filled[4, 2], filled[7, 5] = np.delete(values[:, 2], 4).mean(), np.delete(values[:, 5], 7).mean()
+        known = np.where([[(i, j) in {(4, 2), (7, 5)} for j in range(6)] for i in range(20)], np.nan, values)
+        about = filled - np.nanmean(known, axis=0)
+        np.testing.assert_allclose(centred_gram(lacking, np.float64(missing)), about @ about.T, atol=1e-12)
 
 
 def test_the_resampled_t_test_holds_its_level_where_methods_are_alike(rng: np.random.Generator) -> None:
