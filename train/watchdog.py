@@ -26,6 +26,7 @@ EXIT_STATUS = 75  # "temporary failure": the same command goes on from the newes
 PARTS = 10  # of the time allowed: how often a rank tells of itself
 MIN_PAUSE_S, MAX_PAUSE_S = 0.2, 10.0
 ANSWER_WITHIN_S = 5.0
+CLOSE_WITHIN_S = 1.0  # beyond the time that the store may take
 
 
 class LostRankError(TrainingError):
@@ -58,8 +59,12 @@ class Watchdog:
         self._store = self._connect(from_rank_zero)
         self._tell()  # before anything can happen to this process
         # A store that does not answer holds whoever asks: who decides must not ask.
-        for work in (self._keep_telling, self._watch):
-            threading.Thread(target=work, name="brainlm-watchdog", daemon=True).start()
+        self._threads = [
+            threading.Thread(target=work, name="brainlm-watchdog", daemon=True)
+            for work in (self._keep_telling, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def beat(self) -> None:
         """Say that this process has come on."""
@@ -67,7 +72,15 @@ class Watchdog:
         self._beat_s = time.monotonic()
 
     def close(self) -> None:
+        """Stop watching, and wait for what is being told.
+
+        A thread that comes back from torch's store while the interpreter is ending aborts the process ("terminate
+        called without an active exception"), and a run that was done would have failed.
+        """
         self._stopped.set()
+        deadline = time.monotonic() + max(self._pause_s, 1.0) + CLOSE_WITHIN_S  # a store that is gone takes its timeout
+        for thread in self._threads:
+            thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def who_is_lost(self, error: Exception) -> str:
         """Say which ranks are silent, now that a connection is gone; it takes twice the time in which each tells."""

@@ -6,13 +6,16 @@ import os
 import re
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from brainlm.world import World
 from tests.train.conftest import command, environment, is_running, metrics, process_of_rank, run
+from train.watchdog import Watchdog
 
 TIMEOUT_S = 5.0
 ENDS_WITHIN_S = 180.0  # the launcher waits half a minute before it kills a rank that is stopped
@@ -56,3 +59,23 @@ def test_a_rank_that_hangs_is_named_and_the_run_ends(
     assert again.returncode == 1  # other steps are another run
     assert (out / "snapshots" / "step-5" / "complete.json").is_file()
     assert len(metrics(out)) >= 7
+
+
+def test_nothing_is_being_told_once_it_is_closed() -> None:
+    """What comes back from the store while the interpreter is ending would abort a process that is done."""
+
+    class Slow:
+        num_told = 0
+
+        def set(self, key: str, value: str) -> None:
+            time.sleep(0.5)
+            self.num_told += 1
+
+    before = set(threading.enumerate())
+    watchdog = Watchdog(World(0, 0, 1), timeout_s=1.0, from_rank_zero=lambda value: value)
+    slow = Slow()
+    watchdog._store = slow
+    time.sleep(0.3)  # a pause is 0.2 s: it is telling
+    watchdog.close()
+    assert slow.num_told == 1
+    assert set(threading.enumerate()) == before
