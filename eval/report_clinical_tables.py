@@ -97,8 +97,8 @@ def metric_words(metric: str) -> MetricText:
             name=f"{first.name}: difference from the reference baseline",
             definition=f"{first.name} of a method less {first.name} of the reference on the same people; an interval "
             "that includes 0 shows no difference. p: two-sided t test over folds and divisions, its variance "
-            "corrected for training people that folds share (Nadeau and Bengio), then for all comparisons of the "
-            "task (Holm).",
+            "corrected for training people that folds share (Nadeau and Bengio), then for all methods of a "
+            "column (Holm).",
         )
     return METRICS.get(metric, MetricText(name=metric, definition=f"{metric}, as the task defines it."))
 
