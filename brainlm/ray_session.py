@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import reprlib
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +19,10 @@ logger = logging.getLogger(__name__)
 # Of `ray.exceptions`: the task itself did not fail, where it ran did.
 LOST = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ObjectLostError")
 GONE = ("LocalRayletDiedError", "RaySystemError", "RpcError")  # nothing more can run
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
+CONNECT_S, JOIN_S = 10, 45
+JOIN = "import sys, ray; ray.init(sys.argv[1], log_to_driver=False, logging_level='error'); ray.shutdown()"
 
 
 @contextmanager
@@ -29,6 +36,11 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
         the cluster that this program runs in (a submitted job); anything else is the address of a cluster.
     num_cpus, object_store_mb : int
         Of a local Ray: workers at a time, and the bound on shared memory.
+
+    Raises
+    ------
+    ConfigError
+        If Ray is not installed, or there is no cluster at `address` that this machine can join.
     """
     try:
         import ray
@@ -47,11 +59,56 @@ def ray_session(address: str = "local", num_cpus: int | None = None, object_stor
             "object_store_memory": object_store_mb * 1024**2,
             "include_dashboard": False,
         }
+    else:
+        _check_cluster(ray, address)
     ray.init(**options)
     try:
         yield ray
     finally:
         ray.shutdown()
+
+
+def _check_cluster(ray: Any, address: str) -> None:
+    """Raise `ConfigError` unless a cluster can be joined: Ray itself would try for hours, and cannot be stopped.
+
+    Whether anything listens is asked first, and then another process joins, which can be ended.
+    """
+    if address == "auto" and "RAY_ADDRESS" in os.environ:  # a submitted job, which its own cluster has started
+        return
+    what_to_do = (
+        "Look at `ray status` on the cluster's head, and give the address and port that `ray start --head` printed "
+        "(not the dashboard's); on this machine, ray.address=local needs no cluster"
+    )
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address != "auto":
+        if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+            raise ConfigError(f"ray.address: expected local, auto, or HOST:PORT of a cluster, found {address!r}")
+        host, asked = host.strip("[]"), host
+        if host in LOOPBACK and "://" not in address:
+            host = ray.util.get_node_ip_address()  # what Ray makes of it
+        try:
+            socket.create_connection((host, int(port)), timeout=CONNECT_S).close()
+        except OSError as error:
+            meant = "" if host == asked.strip("[]") else f" (which Ray takes for {host}:{port})"
+            raise ConfigError(
+                f"ray.address: expected a Ray cluster at {address}{meant}, found nothing that answers there ({error}). "
+                f"{what_to_do}; a head started with --node-ip-address listens at that address alone"
+            ) from error
+    try:
+        joined = subprocess.run(
+            [sys.executable, "-c", JOIN, address], capture_output=True, text=True, errors="replace", timeout=JOIN_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"ray.address: expected a Ray cluster at {address} that this machine can join, found none within {JOIN_S} "
+            f"s. {what_to_do}"
+        ) from error
+    if joined.returncode != 0:
+        said = joined.stderr.strip().splitlines() or [f"exit status {joined.returncode}"]
+        raise ConfigError(
+            f"ray.address: expected a Ray cluster at {address} that this machine can join, found: {said[-1][:300]}. "
+            f"{what_to_do}"
+        )
 
 
 def fan_out(

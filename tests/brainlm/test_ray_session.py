@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +16,9 @@ from typing import Any
 import psutil
 import pytest
 import ray
+from ray.cluster_utils import Cluster
 
+from brainlm import ray_session as ray_session_module
 from brainlm.errors import BrainLMError, ConfigError, StoreError
 from brainlm.ray_session import fan_out, ray_session
 
@@ -287,3 +291,62 @@ def test_a_killed_driver_leaves_nothing_behind(driver: tuple[subprocess.Popen, l
     process.kill()
     _, left = psutil.wait_procs(children, timeout=180)
     assert left == []
+
+
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `ray_session` connect, though the session of the tests above is there."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_an_address_where_nothing_listens_is_an_error_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+    begin, port = time.monotonic(), free_port()
+    expected = rf"cluster at 127\.0\.0\.1:{port}.* nothing that answers .*`ray status`"
+    with pytest.raises(ConfigError, match=expected), ray_session(f"127.0.0.1:{port}"):
+        pass
+    assert time.monotonic() - begin < 30
+
+
+@pytest.mark.parametrize("address", ["head", "head:", ":6379", "head:70000", "head:port"])
+def test_an_address_is_a_host_and_a_port(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+    with pytest.raises(ConfigError, match="expected local, auto, or HOST:PORT"), ray_session(address):
+        pass
+
+
+def test_something_else_that_listens_is_an_error_in_bounded_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    alone(monkeypatch)
+    monkeypatch.setattr(ray_session_module, "JOIN_S", 6)
+    with socket.create_server(("", 0)) as listener:  # it accepts, and says nothing
+        port = listener.getsockname()[1]
+        expected = "that this machine can join, found none within 6 s"
+        with pytest.raises(ConfigError, match=expected), ray_session(f"localhost:{port}"):
+            pass
+
+
+def test_a_head_that_listens_elsewhere_is_an_error_and_not_a_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray takes 127.0.0.1 for this machine's other address, where such a head does not listen."""
+    alone(monkeypatch)
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with tempfile.TemporaryDirectory(prefix="ray-") as folder:
+        head = {
+            "num_cpus": 1,
+            "object_store_memory": 100 * 1024**2,
+            "include_dashboard": False,
+            "temp_dir": folder,
+            "node_ip_address": "127.0.0.1",
+        }
+        cluster = Cluster(initialize_head=True, head_node_args=head)
+        try:
+            begin = time.monotonic()
+            with pytest.raises(ConfigError, match="--node-ip-address"), ray_session(cluster.address):
+                pass
+            assert time.monotonic() - begin < 60
+        finally:
+            cluster.shutdown()
