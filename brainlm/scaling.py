@@ -30,7 +30,10 @@ def centre(bold: NDArray[np.float32], keep_mask: NDArray[np.bool_] | None = None
     kept = bold if keep_mask is None else bold[keep_mask]
     if len(kept) == 0:
         raise DataError("no kept timepoints to centre on")
-    return (bold - kept.mean(axis=0, dtype=np.float64)).astype(np.float32)
+    mean = kept.mean(axis=0, dtype=np.float64)
+    del kept  # as large as the series
+    centred = np.empty(bold.shape, dtype=np.float32)
+    return np.subtract(bold, mean, out=centred, casting="same_kind")  # in double precision, a piece at a time
 
 
 def scale(centred: NDArray[np.float32], contract: InputContract) -> NDArray[np.float32]:

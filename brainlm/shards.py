@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import mmap
 import os
 import tarfile
@@ -83,18 +84,22 @@ def encode_shard(
         for entry, bold in recordings:
             if bold.shape != (entry.num_timepoints, entry.num_parcels):
                 raise DataError(f"{entry.recording_id}: series of shape {bold.shape} against its entry")
-            bold = np.array(bold, dtype=np.float32)
-            bold[:, list(entry.missing_parcels)] = 0.0
-            if not np.isfinite(bold).all():
+            stored = np.array(bold, dtype=np.float32, order="C")
+            del bold
+            stored[:, list(entry.missing_parcels)] = 0.0
+            largest = float(max(stored.max(initial=0.0), -stored.min(initial=0.0)))  # NaN where a value is
+            if not math.isfinite(largest):
                 raise DataError(f"{entry.recording_id}: values that are not finite cannot be written to a shard")
             scale = 1.0
             if dtype == "float16":
-                scale = float(np.abs(bold).max()) / LARGEST_FLOAT16 or 1.0
-            stored = np.ascontiguousarray(bold / np.float32(scale), dtype=np.dtype(dtype).newbyteorder("<"))
-            npy = io.BytesIO()
-            np.lib.format.write_array(npy, stored, version=(1, 0), allow_pickle=False)
-            start = _add_member(tar, f"{entry.recording_id}.npy", npy.getvalue())
-            assert len(npy.getvalue()) == NPY_HEADER + stored.nbytes
+                scale = largest / LARGEST_FLOAT16 or 1.0
+            stored /= np.float32(scale)
+            stored = stored.astype(np.dtype(dtype).newbyteorder("<"), copy=False)
+            header = io.BytesIO()
+            np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(stored))
+            assert len(header.getvalue()) == NPY_HEADER
+            values = stored.reshape(-1).view(np.uint8).data
+            start = _add_member(tar, f"{entry.recording_id}.npy", header.getvalue(), values)
             lists = {"missing_parcels": tuple(entry.missing_parcels), "censored": tuple(map(tuple, entry.censored))}
             final = replace(entry, dtype=dtype, scale=scale, offset=start + NPY_HEADER, **lists)  # type: ignore[arg-type]
             check_entry(final, "written to a shard")
@@ -103,13 +108,33 @@ def encode_shard(
     return buffer.getvalue(), entries
 
 
-def _add_member(tar: tarfile.TarFile, name: str, data: bytes) -> int:
+class _Parts(io.RawIOBase):
+    """Pieces of memory that are read like a file, one after the other: joined they would be copied."""
+
+    def __init__(self, parts: Sequence[bytes | memoryview]) -> None:
+        self._parts = [memoryview(part) for part in parts]
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while self._parts and not len(self._parts[0]):
+            del self._parts[0]
+        if not self._parts:
+            return 0
+        piece = self._parts[0][: len(buffer)]
+        buffer[: len(piece)] = piece
+        self._parts[0] = self._parts[0][len(piece) :]
+        return len(piece)
+
+
+def _add_member(tar: tarfile.TarFile, name: str, *data: bytes | memoryview) -> int:
     member = tarfile.TarInfo(name)
-    member.size = len(data)
+    member.size = sum(map(len, data))
     start = int(tar.offset) + tarfile.BLOCKSIZE
     if len(name) > 100:
         raise DataError(f"{name}: recording ids can have at most {LONGEST_ID} characters")
-    tar.addfile(member, io.BytesIO(data))
+    tar.addfile(member, io.BufferedReader(_Parts(data)))
     return start
 
 

@@ -36,8 +36,8 @@ FloatArray = NDArray[np.float64]
 
 # Fewer dimensions than these are no recording: chance correlations between parcels would be about 0.3.
 MIN_DEGREES_OF_FREEDOM = 10
-# The system of the censored timepoints is dense: 128 MB at this size.
-MAX_CENSORED = 4000
+# The system of the censored timepoints is dense: 72 MB at this size.
+MAX_CENSORED = 3000
 # A censored timepoint adds a constraint if the pass band has more than this (squared, of 1) there that the others do
 # not fix already. In a long gap most do not; following them would remove dimensions by rounding.
 NEW_CONSTRAINT = 1e-10
@@ -82,13 +82,26 @@ def clean(
         freedom would be left (`MIN_DEGREES_OF_FREEDOM`), or a filter meets too many censored timepoints
         (`MAX_CENSORED`).
     """
+    return clean_and_count(bold, settings, tr_s, regressors, keep_mask, overwrite=False)[0]
+
+
+def clean_and_count(
+    bold: NDArray[np.float32],
+    settings: CleanSettings,
+    tr_s: float,
+    regressors: FloatArray | None,
+    keep_mask: NDArray[np.bool_],
+    *,
+    overwrite: bool,
+) -> tuple[NDArray[np.float32], int]:
+    """Return what `clean` and `degrees_of_freedom` do, with the work of one; `overwrite` cleans `bold` in place."""
     if not _is_asked(settings, regressors):
-        return fill_censored(bold, keep_mask)
+        return fill_censored(bold, keep_mask, overwrite=overwrite), int(keep_mask.sum())
     projection = Projection(settings, tr_s, regressors, keep_mask)
     projection.check()
     censored = ~keep_mask
     num_kept = int(keep_mask.sum())
-    cleaned = np.empty(bold.shape, dtype=np.float32)
+    cleaned = bold if overwrite else np.empty(bold.shape, dtype=np.float32)
     for columns in _blocks(bold.shape[1], len(bold)):
         rows = np.array(bold[:, columns].T, dtype=np.float64, order="C")
         rows[:, censored] = 0.0
@@ -105,7 +118,7 @@ def clean(
         rows = projection.residual(rows)
         rows[np.sqrt((rows**2).sum(axis=1)) <= FLOAT32 * size] = 0.0
         cleaned[:, columns] = (rows + mean).T
-    return fill_censored(cleaned, keep_mask)
+    return fill_censored(cleaned, keep_mask, overwrite=True), projection.degrees_of_freedom
 
 
 def degrees_of_freedom(
@@ -117,13 +130,17 @@ def degrees_of_freedom(
     return Projection(settings, tr_s, regressors, keep_mask).degrees_of_freedom
 
 
-def fill_censored(bold: NDArray[np.float32], keep_mask: NDArray[np.bool_]) -> NDArray[np.float32]:
+def fill_censored(
+    bold: NDArray[np.float32], keep_mask: NDArray[np.bool_], *, overwrite: bool = False
+) -> NDArray[np.float32]:
     """Replace censored timepoints by linear interpolation between the nearest kept ones; at the ends, by the nearest.
 
     Parameters
     ----------
     bold : ndarray, shape (T, P)
-        Not modified; returned itself where nothing is censored.
+        Returned itself where nothing is censored.
+    overwrite : bool
+        Fill `bold` itself; otherwise it is not modified.
 
     Returns
     -------
@@ -134,7 +151,7 @@ def fill_censored(bold: NDArray[np.float32], keep_mask: NDArray[np.bool_]) -> ND
         return bold
     if not kept.size:
         raise DataError(f"all {len(keep_mask)} timepoints are censored")
-    filled = np.array(bold, dtype=np.float32)
+    filled = bold if overwrite else np.array(bold, dtype=np.float32)
     after = np.searchsorted(kept, censored)
     left = kept[np.maximum(after - 1, 0)]
     right = kept[np.minimum(after, len(kept) - 1)]

@@ -89,7 +89,7 @@ def update(counts: NDArray[np.int64], sought: Pass, bold: NDArray[np.float32], k
         return
     with np.errstate(over="ignore", invalid="ignore"):  # told below, with the parcel
         centred = centre(bold, keep_mask)[keep_mask]
-    missing = np.isnan(bold[keep_mask]).all(axis=0)
+    missing = np.isnan(bold)[keep_mask].all(axis=0)
     broken = ~(missing | np.isfinite(centred).all(axis=0))
     if broken.any():
         raise DataError(

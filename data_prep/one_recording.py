@@ -26,10 +26,11 @@ from numpy.typing import NDArray
 from brainlm.errors import DataError, StoreError
 from brainlm.store import Store, sha256_of_file
 from data_prep.atlas_image import AtlasImage
-from data_prep.clean import clean, degrees_of_freedom
+from data_prep.clean import clean_and_count
 from data_prep.confounds import read_confounds
 from data_prep.input_files import file_stamp
 from data_prep.local_input import local_input
+from data_prep.process_memory import give_back_memory
 from data_prep.quality import quality_row, refusal
 from data_prep.read_recording import read_recording
 from data_prep.read_series import missing_columns
@@ -145,18 +146,21 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
             confounds = read_confounds(confounds_file, recipe.clean, len(bold), denoised=entry.denoised)
         source_sha256 = sha256_of_file(file)
         confounds_sha256 = "" if confounds_file is None else sha256_of_file(confounds_file)
+    give_back_memory()
     _check_size(len(bold), bold.shape[1], "")
     missing = missing_columns(bold)
     num_constant = int((missing & np.isfinite(bold).all(axis=0)).sum())
     _check_missing(missing, recipe.checks)
-    as_read = series_sha256(np.where(missing, np.float32(np.nan), bold))
+    bold[:, missing] = np.nan  # in place: a copy of the longest recording takes 56 MiB
+    as_read = series_sha256(bold)
+    bold[:, missing] = 0.0
     first = confounds.num_dummy_scans
-    bold, keep_mask = np.where(missing, np.float32(0.0), bold)[first:], confounds.keep_mask[first:]
+    bold, keep_mask = bold[first:], confounds.keep_mask[first:]
     regressors = None if confounds.regressors is None else confounds.regressors[first:]
     _check_kept(keep_mask, recipe.checks)
     with _stage("clean"):
-        bold = clean(bold, recipe.clean, tr_s, regressors, keep_mask)
-        num_degrees_of_freedom = degrees_of_freedom(recipe.clean, tr_s, regressors, keep_mask)
+        cleaning = (recipe.clean, tr_s, regressors, keep_mask)
+        bold, num_degrees_of_freedom = clean_and_count(bold, *cleaning, overwrite=True)
     target_tr_s = recipe.target_tr_s or tr_s
     resampled = not is_same_tr(tr_s, target_tr_s)
     after = f" after resampling from {tr_s:g} to {target_tr_s:g} s" if resampled else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import io
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ import pandas as pd
 
 from brainlm.errors import DataError
 from brainlm.store import Store
+from data_prep.process_memory import give_back_memory
 from data_prep.stored_table import Table
 
 RECORDINGS, SUBJECTS, REJECTED, FOLDS = "recordings.parquet", "subjects.parquet", "rejected.parquet", "folds.parquet"
@@ -54,28 +54,7 @@ RECORDING_COLUMNS = MEASURED_COLUMNS | PLACE_COLUMNS
 REJECTED_COLUMNS = dict.fromkeys(("recording_id", "subject", "source", "stage", "reason", "cohort"), "string") | {
     "addition": "int64"
 }
-M_MMAP_THRESHOLD = -3  # malloc.h: larger pieces are the system's, and go back to it at once
 ROWS_PER_GROUP = 2000  # of a file: what is in memory at once
-
-
-def keep_little_memory() -> None:
-    """Let what is freed go back to the system for the rest of the process.
-
-    Arrow's own allocator keeps it, so Arrow takes memory from the system's. That of glibc keeps ever larger pieces, up
-    to 32 MB, unless it is told a limit.
-    """
-    import pyarrow
-
-    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
-    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 128 * 1024)
-
-
-def give_back_memory() -> None:
-    """Give what was freed back to the system: the allocator keeps what many small things have left between others."""
-    import pyarrow
-
-    pyarrow.system_memory_pool().release_unused()
 
 
 def table_of(rows: Sequence[Mapping[str, Any]], columns: dict[str, str]) -> pd.DataFrame:

@@ -12,7 +12,8 @@ import pandas as pd
 from brainlm.dataset import SPLITS
 from brainlm.errors import BrainLMError, ConfigError
 from data_prep.held_dataset import HeldDataset
-from data_prep.parquet_tables import REJECTED_COLUMNS, give_back_memory
+from data_prep.parquet_tables import REJECTED_COLUMNS
+from data_prep.process_memory import give_back_memory
 from data_prep.read_table import text
 from data_prep.settings import PrepareSettings, SplitSettings
 from data_prep.source_entry import Source, SourceEntry

@@ -42,7 +42,7 @@ def quality_row(
         timepoints are neighbours or no parcel varies.
     """
     missing = np.isnan(bold).all(axis=0)
-    present = bold[:, ~missing]
+    present = bold[:, ~missing] if missing.any() else bold
     num_kept = int(np.count_nonzero(keep_mask))
     return {
         "num_kept": num_kept,
@@ -75,7 +75,8 @@ def dvars_z(bold: NDArray[np.float32], keep_mask: NDArray[np.bool_] | None = Non
     pairs = _neighbours(bold, keep_mask)
     squares, count = np.zeros(int(pairs.sum())), 0
     for z, _ in _standardised(bold, keep_mask):
-        squares += (np.diff(z, axis=0)[pairs] ** 2).sum(axis=1)
+        steps = np.diff(z, axis=0)[pairs]
+        squares += np.square(steps, out=steps).sum(axis=1)
         count += z.shape[1]
     return float(np.sqrt(squares / count).mean()) if count and squares.size else math.nan
 
@@ -154,7 +155,10 @@ def _standardised(
             return
         mean, deviation = kept.mean(axis=0), kept.std(axis=0)
         varies = deviation > 0
-        z = (block[:, varies] - mean[varies]) / deviation[varies]
+        z = block if varies.all() else block[:, varies]
+        del block, kept
+        z -= mean[varies]
+        z /= deviation[varies]
         if keep_mask is not None:
             z[~keep_mask] = 0.0  # whatever stands there, NaN too, stays out of the sums
         yield z, z if keep_mask is None else z[keep_mask]

@@ -75,14 +75,17 @@ def read_dense_series(
         block = _values(image, first, first + len(here))
         good = (here >= 0) & np.isfinite(block).all(axis=0) & (block != 0.0).any(axis=0)
         where = np.flatnonzero(good)
-        sums = csr_array((np.ones(where.size), (here[where], np.arange(where.size))), shape=(num_parcels, where.size))
-        totals += sums @ block[:, where].T
+        parcels, rows = np.unique(here[where], return_inverse=True)  # few: sums of all would be as large as the totals
+        sums = csr_array((np.ones(where.size), (rows, np.arange(where.size))), shape=(parcels.size, where.size))
+        totals[parcels] += sums @ block[:, where].T
         num_good += np.bincount(here[where], minlength=num_parcels)
     coverage = num_good / np.maximum(grayordinates.num_grayordinates, 1)
+    bold = np.empty((num_timepoints, num_parcels), dtype=np.float32)
     with np.errstate(invalid="ignore", over="ignore"):
-        bold = (totals / np.maximum(num_good, 1)[:, None]).T.astype(np.float32)
+        totals /= np.maximum(num_good, 1)[:, None]
+        bold[:] = totals.T
     bold[:, (num_good == 0) | (coverage < checks.min_parcel_coverage)] = np.nan
-    return Parcellated(bold=np.ascontiguousarray(bold), coverage=coverage.astype(np.float32), tr_s=tr_s, tsnr=None)
+    return Parcellated(bold=bold, coverage=coverage.astype(np.float32), tr_s=tr_s, tsnr=None)
 
 
 def read_parcel_series(
@@ -105,8 +108,11 @@ def read_parcel_series(
     order = parcel_order([str(name) for name in parcels.name], names, orientation)
     if image.shape[1] != atlas.atlas.num_parcels:
         raise DataError(f"expected {atlas.atlas.num_parcels} parcels, found {image.shape[1]}")
+    bold = np.empty(image.shape, dtype=np.float32)
+    step = max(1, BLOCK_BYTES // (8 * image.shape[0]))
     with np.errstate(over="ignore"):
-        bold = _values(image, 0, image.shape[1]).astype(np.float32)
+        for first in range(0, image.shape[1], step):
+            bold[:, first : first + step] = _values(image, first, first + step)
     if order is not None:
         bold = bold[:, order]
     coverage = np.where(missing_columns(bold), np.float32(0.0), np.float32(1.0))

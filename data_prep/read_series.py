@@ -21,6 +21,7 @@ from data_prep.settings import Orientation
 from data_prep.text_series import MAX_VALUES, TextTable, read_text_table
 
 TEXT_SUFFIXES = (".csv", ".tsv", ".txt", ".1d", ".dat")
+BLOCK_VALUES = 2**19  # values read at a time: 4 MiB
 MAX_NPY_HEADER = 4096  # bytes; an array of numbers needs about 100
 
 
@@ -91,9 +92,9 @@ def read_series(
 
 def missing_columns(bold: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return shape (P,): True where a series is constant or has a value that is not finite."""
-    finite = np.isfinite(bold).all(axis=0)
-    spread = np.ptp(np.where(finite, bold, 0.0), axis=0)
-    return ~finite | ~(spread > 0)
+    with np.errstate(invalid="ignore", over="ignore"):
+        low, high = bold.min(axis=0), bold.max(axis=0)  # NaN where a value is
+        return ~(np.isfinite(low) & np.isfinite(high) & (high - low > 0))
 
 
 def _parcel_axis(table: TextTable, num_parcels: int, orientation: Orientation, atlas: ParcelNames) -> int:
@@ -134,7 +135,7 @@ def _labels_as_names(table: TextTable, atlas: ParcelNames) -> TextTable:
 
 
 def _read_npy(path: Path) -> NDArray[np.float32]:
-    """Return an array mapped from its file, once the header agrees with the file's size; nothing is unpickled."""
+    """Return an array of numbers, once the header agrees with the file's size; nothing is unpickled."""
     with path.open("rb") as file:
         start = file.read(4)
         file.seek(0)
@@ -166,6 +167,13 @@ def _read_npy(path: Path) -> NDArray[np.float32]:
         )
     if not 0 < math.prod(shape) <= MAX_VALUES:
         raise DataError(f"shape {shape}: expected 1 to {MAX_VALUES} values")
-    values = np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran_order else "C")
-    with np.errstate(over="ignore"):
-        return np.asarray(values).astype(np.float32, copy=dtype != np.float32)
+    values = np.empty(math.prod(shape), dtype=np.float32)
+    with path.open("rb") as file, np.errstate(over="ignore"):
+        file.seek(offset)
+        for first in range(0, len(values), BLOCK_VALUES):  # of another type the whole would be twice as large
+            part = values[first : first + BLOCK_VALUES]
+            block = np.fromfile(file, dtype, len(part))
+            if len(block) < len(part):
+                raise DataError("cut off while it was read")
+            part[:] = block
+    return values.reshape(shape, order="F" if fortran_order else "C")

@@ -72,13 +72,13 @@ def resample(
     """
     if len(bold) < 2:
         raise DataError(f"{len(bold)} timepoints cannot be resampled")
-    bold = fill_censored(bold, keep_mask)
     operator = resampling_operator(len(bold), tr_s, target_tr_s)
     resampled = np.empty((operator.shape[0], bold.shape[1]), dtype=np.float32)
     size = max(1, BLOCK_VALUES // max(operator.shape))
     for start in range(0, bold.shape[1], size):
         columns = slice(start, start + size)
-        block = np.array(bold[:, columns], dtype=np.float64, order="C")
+        filled = fill_censored(bold[:, columns], keep_mask)
+        block = np.array(filled, dtype=np.float64, order="C")
         mean = block.mean(axis=0)  # small numbers keep their digits
         resampled[:, columns] = operator @ (block - mean) + mean
     return resampled, resample_mask(keep_mask, tr_s, target_tr_s)

@@ -18,8 +18,8 @@ from data_prep.input_files import size_of
 from data_prep.listed_files import find_listed_recordings
 from data_prep.open_cohorts import find_open_recordings
 from data_prep.packed_entries import sorted_by_id
-from data_prep.parquet_tables import give_back_memory, keep_little_memory
 from data_prep.pattern_files import find_pattern_recordings
+from data_prep.process_memory import give_back_memory, keep_little_memory
 from data_prep.settings import SourceSettings
 from data_prep.source_entry import MAX_LISTED, Source, SourceEntry
 

@@ -18,6 +18,7 @@ import gzip
 import re
 import zlib
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -33,6 +34,7 @@ from data_prep.parcel_names import cleaned, is_numbering
 MAX_TEXT_BYTES = 512 * 1024**2  # after decompression: 4800 timepoints of 1000 parcels in 25 characters take 120 MB
 MAX_LINE_BYTES = 2 * 1024**2
 MAX_LINES = 1024**2
+BLOCK_VALUES = 2**19  # values parsed at a time
 MAX_VALUES = 14 * 1024**2  # 56 MiB as float32; an hour at 0.7 s takes 5 million for 1000 parcels
 MISSING = ("", "n/a", "na", "nan")  # in any case
 MISSING_AS_WRITTEN = ("", "n/a", "N/A", "na", "NA", "nan", "NaN", "NAN")
@@ -170,7 +172,7 @@ class _Fast:
 
 def _read_fast(path: Path, layout: _Layout) -> tuple[NDArray[np.float32], list[str] | None]:
     stream = _Fast(path, layout)
-    table = pd.read_csv(
+    parser = pd.read_csv(
         cast(IO[str], stream),
         sep=layout.delimiter or r"\s+",
         header=None,
@@ -179,9 +181,13 @@ def _read_fast(path: Path, layout: _Layout) -> tuple[NDArray[np.float32], list[s
         na_values=list(MISSING_AS_WRITTEN),
         skipinitialspace=True,
         skip_blank_lines=False,
+        iterator=True,
     )
-    with np.errstate(over="ignore"):
-        return table.to_numpy().astype(np.float32), stream.labels
+    blocks = []  # the whole in double precision would take three times the memory
+    with parser, np.errstate(over="ignore"), suppress(StopIteration):
+        while True:
+            blocks.append(parser.get_chunk(max(1, BLOCK_VALUES // stream.width)).to_numpy().astype(np.float32))
+    return np.concatenate(blocks), stream.labels
 
 
 def _first_cell(line: str, delimiter: str) -> tuple[str, str]:

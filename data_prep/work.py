@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
+from data_prep.process_memory import giving_back_memory
 from data_prep.settings import RaySettings
 
 IN_FLIGHT_PER_CPU = 2
@@ -86,7 +87,8 @@ class Workers:
             return
         cpus = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
         in_flight = IN_FLIGHT_PER_CPU * cpus
-        yield from fan_out(self._ray, function, tasks, max_in_flight=in_flight, when_lost=when_lost)
+        work = giving_back_memory(function)
+        yield from fan_out(self._ray, work, tasks, max_in_flight=in_flight, when_lost=when_lost)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import numpy as np
@@ -77,19 +77,19 @@ def remove_unknown_shards(out: Store, known: ShardRows | None) -> None:
 def _write_one(
     out: Store, staging: Store, name: str, table: pd.DataFrame, num_parcels: int, dtype: StoredDtype
 ) -> dict[str, Any]:
-    def recordings() -> Iterator[tuple[ShardEntry, NDArray[np.float32]]]:
-        for row in table.to_dict("records"):
-            staged = load_staged(staging, row["recording_id"])
-            entry = ShardEntry(
-                **{str(name): value for name, value in row.items()},
-                num_parcels=num_parcels,
-                dtype=dtype,
-                scale=1.0,
-                offset=0,
-                missing_parcels=tuple(np.flatnonzero(staged.missing).tolist()),
-                censored=censored_ranges(staged.keep_mask),
-            )
-            yield entry, centre(np.nan_to_num(staged.bold, nan=0.0), staged.keep_mask)
+    def recording(row: dict[Hashable, Any]) -> tuple[ShardEntry, NDArray[np.float32]]:
+        staged = load_staged(staging, row["recording_id"])
+        entry = ShardEntry(
+            **{str(name): value for name, value in row.items()},
+            num_parcels=num_parcels,
+            dtype=dtype,
+            scale=1.0,
+            offset=0,
+            missing_parcels=tuple(np.flatnonzero(staged.missing).tolist()),
+            censored=censored_ranges(staged.keep_mask),
+        )
+        return entry, centre(np.nan_to_num(staged.bold, copy=False, nan=0.0), staged.keep_mask)
 
-    tar, entries = encode_shard(recordings(), dtype)
+    # One by one: of the longest recording there is no room for another copy.
+    tar, entries = encode_shard(map(recording, table.to_dict("records")), dtype)
     return write_shard(out, name, tar, entries)

@@ -175,6 +175,7 @@ def _write_bold(
         begin, end = max(first_row, start), min(first_row + len(staged.bold), stop)
         bold[begin - start : end - start] = staged.bold[begin - first_row : end - first_row]
         keep_mask[begin - start : end - start] = staged.keep_mask[begin - first_row : end - first_row]
+        del staged  # as large as what Zarr needs
     group = zarr.open_group(zarr_root(out), mode="r+")
     group["bold"][start:stop] = bold
     group["keep_mask"][start:stop] = keep_mask
