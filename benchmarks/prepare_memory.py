@@ -41,7 +41,7 @@ from data_prep.text_series import MAX_VALUES
 
 PREPARE = Path(__file__).parents[1] / "data_prep" / "prepare.py"
 NUM_PARCELS, TR_S, NEAR_TR_S = 424, 0.735, 0.736  # resampled to nearly as many timepoints
-NUM_TIMEPOINTS = MAX_VALUES // NUM_PARCELS
+NUM_TIMEPOINTS = MAX_VALUES // NUM_PARCELS - 1  # in text, the column of names counts too
 VERTICES_A_PARCEL = 4
 VOLUMES_A_MEMBER = 50
 NUM_RECORDINGS = 2
