@@ -277,8 +277,11 @@ def load_atlas(settings: AtlasSettings) -> AtlasImage:
             atlas = _load_grayordinates(settings, header, read_cifti_labels(image, path))
         else:
             atlas = _load_volume(settings, header, *read_label_volume(image, path))
-    if record is not None and record.network_pattern and is_own_table and atlas.atlas.networks is None:
-        networks = networks_in_names(atlas.atlas.parcel_names, record.network_pattern, str(settings.labels))
+    pattern = settings.network_pattern
+    if pattern is None and record is not None and is_own_table and atlas.atlas.networks is None:
+        pattern = record.network_pattern
+    if pattern is not None:
+        networks = networks_in_names(atlas.atlas.parcel_names, pattern, settings.labels or settings.image)
         atlas = replace(atlas, atlas=replace(atlas.atlas, networks=networks))
     if record is not None and atlas.atlas.num_parcels != record.num_parcels:
         raise DataError(

@@ -143,7 +143,7 @@ def networks_in_names(names: Sequence[str], pattern: str, where: str) -> tuple[s
     if other:
         raise DataError(
             f"{where}: expected names that hold a network ({pattern}), found {', '.join(other[:MAX_LISTED])}: another "
-            "version of the table? Give it as atlas.labels, with atlas.network_column if it has one"
+            "version of the table? Give it as atlas.labels, with atlas.network_column or atlas.network_pattern"
         )
     return tuple(match.group(1) for match in found if match is not None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -124,11 +125,26 @@ class AtlasSettings(Section):
     label_column: str = "index"
     name_column: str = "name"
     network_column: str | None = None
+    network_pattern: str | None = None
+    """Regular expression of whole names with the network as its first group, for names that hold it:
+    ``7Networks_[LR]H_([A-Za-z]+)_.+`` finds Vis in 7Networks_LH_Vis_1. Default: the registry's, for its own table."""
     hemisphere_column: str | None = None
     transforms: dict[str, str] = field(default_factory=dict)
     """Template space of images -> file of the transform that brings atlas images to it (ITK ``.h5`` or ``.txt``, as
     TemplateFlow's ``from-<atlas space>_to-<space>_mode-image_xfm.h5``, or a displacement field). The labels are moved,
     never the images."""
+
+    def __post_init__(self) -> None:
+        if self.network_pattern is None:
+            return
+        if self.network_column is not None:
+            raise ValueError("give network_column or network_pattern, not both")
+        try:
+            num_groups = re.compile(self.network_pattern).groups
+        except re.error as error:
+            raise ValueError(f"network_pattern is no regular expression: {error}") from error
+        if num_groups < 1:
+            raise ValueError(f"network_pattern must have a group (...) for the network, found {self.network_pattern!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

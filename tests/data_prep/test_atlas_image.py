@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from brainlm.atlas import Atlas
-from brainlm.errors import DataError
+from brainlm.config import build
+from brainlm.errors import ConfigError, DataError
 from brainlm.testing import synthetic_atlas
 from data_prep.atlas_image import AtlasImage, load_atlas, series_atlas
 from data_prep.settings import AtlasSettings
@@ -299,6 +300,32 @@ def test_an_unknown_hemisphere_is_refused(toy):
 def test_a_column_of_no_table_is_refused(toy, column):
     with pytest.raises(DataError, match=rf"atlas\.{column} names a column of a table, but atlas\.labels gives none"):
         load(toy, **{column: "side"})
+
+
+def named_by_network(other=""):
+    names = [f"7Networks_{'LR'[i % 2]}H_{('Vis', 'Default_PFCv')[i % 2]}_{v}" for i, v in enumerate(LABELS)]
+    return "index\tname\n" + "\n".join(f"{v}\t{name}" for v, name in zip(LABELS, [*names[:-1], other or names[-1]]))
+
+
+def test_networks_come_from_names_by_a_pattern_of_the_settings(toy):
+    pattern = "7Networks_[LR]H_([A-Za-z]+)_.+"
+    found = load(toy, table=named_by_network(), network_pattern=pattern).atlas
+    assert found.networks == ("Vis", "Default") * 3
+    with pytest.raises(DataError, match=r"expected names that hold a network .* found Cerebellum:.*network_pattern"):
+        load(toy, table=named_by_network("Cerebellum"), network_pattern=pattern)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"network_pattern": "7Networks_.+"}, "must have a group"),
+        ({"network_pattern": "(a"}, "is no regular expression"),
+        ({"network_pattern": "(a)", "network_column": "network"}, "not both"),
+    ],
+)
+def test_a_pattern_of_networks_that_cannot_be_used_is_refused_in_the_config(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        build(AtlasSettings, {"name": "mine", **settings}, "test")
 
 
 def test_it_travels_small_and_unchanged(toy):
