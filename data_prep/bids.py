@@ -27,7 +27,8 @@ from typing import Any
 
 from brainlm.errors import DataError, StoreError
 from brainlm.store import Store
-from data_prep.input_files import AT_ONCE, file_stamp, folder_of, is_url, join, list_remote
+from data_prep.input_files import AT_ONCE, file_stamp, folder_of, is_url, join, list_remote, size_of
+from data_prep.local_input import MAX_SIDECAR_BYTES, check_sidecar_size
 from data_prep.packed_entries import PackedEntries
 from data_prep.phenotypes import Participants, join_subjects, no_participants, read_participants
 from data_prep.read_table import number
@@ -40,7 +41,7 @@ PART_ENTITIES = ("echo", "part")  # of an acquisition that is one recording
 IMAGE = re.compile(r"sub-.*_bold\.(nii|nii\.gz|dtseries\.nii)")
 SIDECAR = re.compile(r"(.*_)?bold(\.dtseries)?\.json")
 CONFOUNDS = ("desc-confounds_timeseries.tsv", "desc-confounds_regressors.tsv")  # since, and before fMRIPrep 20.2
-READ_AT_ONCE = 1000  # sidecars
+READ_AT_ONCE = 200  # sidecars
 RUNS_AT_ONCE = 1000
 Entities = dict[str, str | None]
 
@@ -115,7 +116,7 @@ def _entries(
             for paths in [runs[run_id]]
         }
         fit = [image for image in chosen.values() if not image.refusal]
-        tr_s = _repetition_times(root, fit, folders, known)
+        tr_s = _repetition_times(root, fit, folders, known, stamps)
         for run_id, image in chosen.items():
             entry = _entry(run_id, image, settings, folders, participants, tr_s.get(image.path), split_column)
             yield replace(
@@ -142,6 +143,8 @@ def _list_folders(root: str) -> tuple[dict[str, _Folder], dict[str, str]]:
         here = folders.setdefault(folder, _Folder())
         if SIDECAR.fullmatch(name):
             here.sidecars.append(path)
+            if (size_of(stamp) or 0) > MAX_SIDECAR_BYTES:
+                stamps[path] = stamp
         elif folder.rpartition("/")[2] != "func":
             continue
         elif IMAGE.fullmatch(name):
@@ -346,7 +349,11 @@ def _stamp(path: str, root: str, stamps: dict[str, str]) -> str:
 
 
 def _repetition_times(
-    root: str, images: list[_Image], folders: dict[str, _Folder], known: dict[str, float | DataError | None]
+    root: str,
+    images: list[_Image],
+    folders: dict[str, _Folder],
+    known: dict[str, float | DataError | None],
+    stamps: dict[str, str],
 ) -> dict[str, float | DataError | None]:
     """Return RepetitionTime of each image by the BIDS inheritance principle: the sidecar nearest to it wins.
 
@@ -364,7 +371,7 @@ def _repetition_times(
             if all(image.entities.get(key) == value for key, value in _entities(path).items())
         ]
     unread = {path for paths in of_image.values() for path in paths if path not in known}
-    known |= _read_sidecars(root, sorted(unread))
+    known |= _read_sidecars(root, sorted(unread), stamps)
     found: dict[str, float | DataError | None] = {}
     for image_path, paths in of_image.items():
         tr_s: float | DataError | None = None
@@ -375,10 +382,17 @@ def _repetition_times(
     return found
 
 
-def _read_sidecars(root: str, paths: list[str]) -> dict[str, float | DataError | None]:
+def _read_sidecars(root: str, paths: list[str], stamps: dict[str, str]) -> dict[str, float | DataError | None]:
     """Return RepetitionTime of each sidecar, None where it has none, the error where it cannot be read."""
     store = Store(root if is_url(root) else os.path.abspath(root))
     values: dict[str, float | DataError | None] = {}
+    for path in paths:  # of remote ones, the listing has told which are too large
+        try:
+            stamp = stamps.get(path, "") if is_url(root) else file_stamp(join(root, path))
+            check_sidecar_size(path.rpartition("/")[2], size_of(stamp) or 0)
+        except DataError as error:
+            values[path] = error
+    paths = [path for path in paths if path not in values]
     for first in range(0, len(paths), READ_AT_ONCE):
         for path, data in store.read_many(paths[first : first + READ_AT_ONCE]).items():
             name = path.rpartition("/")[2]

@@ -32,6 +32,7 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from brainlm.errors import DataError
+from data_prep.local_input import check_sidecar_size
 from data_prep.settings import CleanSettings, ScrubSettings
 from data_prep.text_series import MAX_VALUES
 
@@ -335,6 +336,8 @@ def _by_name(table: pd.DataFrame, path: Path, clean: CleanSettings) -> pd.DataFr
                 f"{strategy} needs the file {sidecar.name} beside the confounds, which says which components belong "
                 "to which mask: copy it from fMRIPrep's folder (1.4 or later), or choose another strategy"
             )
+    if sidecar.is_file():
+        check_sidecar_size(sidecar.name, sidecar.stat().st_size)
     if clean.global_signal:
         _check_columns(table, ["global_signal"], "clean.global_signal")
         components, options = (*components, "global_signal"), {**options, "global_signal": "basic"}

@@ -12,6 +12,14 @@ from pathlib import Path
 from brainlm.errors import DataError
 from brainlm.store import Store
 
+MAX_SIDECAR_BYTES = 4 * 1024**2  # fMRIPrep's largest, of hundreds of confounds, take some hundred KB
+
+
+def check_sidecar_size(name: str, num_bytes: int) -> None:
+    """Raise `DataError` where a JSON sidecar is larger than one can be: read, it would take ten times as much."""
+    if num_bytes > MAX_SIDECAR_BYTES:
+        raise DataError(f"{name} has {num_bytes} bytes: expected a JSON sidecar of at most {MAX_SIDECAR_BYTES}")
+
 
 @contextmanager
 def local_input(url: str) -> Iterator[Path]:
@@ -20,7 +28,7 @@ def local_input(url: str) -> Iterator[Path]:
     Raises
     ------
     DataError
-        If there is no such file.
+        If there is no such file, or its sidecar is too large for one.
     StoreError
         If storage cannot be read.
     """
@@ -32,7 +40,10 @@ def local_input(url: str) -> Iterator[Path]:
     if not store.exists(name):
         raise DataError(f"there is no file {name}")
     sidecar = f"{name.removesuffix('.tsv')}.json"
+    has_sidecar = name.endswith(".tsv") and store.exists(sidecar)
+    if has_sidecar:
+        check_sidecar_size(sidecar, store.size(sidecar))
     with store.local_copy(name) as path:
-        if name.endswith(".tsv") and store.exists(sidecar):
+        if has_sidecar:
             path.with_suffix(".json").write_bytes(store.read_bytes(sidecar))
         yield path

@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import uuid
 import warnings
@@ -13,7 +14,7 @@ from nilearn.interfaces.bids import get_bids_files
 
 from brainlm.config import build
 from brainlm.errors import DataError
-from data_prep.local_input import local_input
+from data_prep.local_input import MAX_SIDECAR_BYTES, local_input
 from data_prep.settings import SourceSettings
 from data_prep.sources import find_recordings, inputs_hash
 
@@ -263,6 +264,34 @@ def test_cohort_without_phenotypes_is_noted(root):
     source = find_recordings(bids(root))
     assert source.warnings == ["there is no participants.tsv: no phenotypes"]
     assert source.subjects["subject"].tolist() == ["01"]
+
+
+def test_sidecar_of_any_size_is_never_read(toy, rng, monkeypatch):
+    root = toy.write_bids(rng, num_subjects=2, num_timepoints=5)
+    sidecar = next((root / "sub-00" / "func").glob("*bold.json"))
+    with sidecar.open("wb") as file:
+        file.truncate(MAX_SIDECAR_BYTES + 1)
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(root), "/large/study", recursive=True)
+    try:
+        for place in (root, "memory://large/study"):
+            entries = find_recordings(bids(place)).entries
+            assert re.search(rf"bold\.json has {MAX_SIDECAR_BYTES + 1} bytes: expected a JSON", entries[0].refusal)
+            assert entries[1].refusal == ""
+    finally:
+        filesystem.rm("/large", recursive=True)
+
+
+def test_sidecar_of_remote_confounds_is_not_copied_whatever_its_size(rng):
+    filesystem = fsspec.filesystem("memory")
+    filesystem.pipe_file("/large/confounds.tsv", b"csf\n1\n")
+    filesystem.pipe_file("/large/confounds.json", bytes(MAX_SIDECAR_BYTES + 1))
+    try:
+        expected = rf"confounds\.json has {MAX_SIDECAR_BYTES + 1} bytes"
+        with pytest.raises(DataError, match=expected), local_input("memory://large/confounds.tsv"):
+            pass
+    finally:
+        filesystem.rm("/large", recursive=True)
 
 
 @pytest.fixture
