@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from brainlm.errors import DataError
+from data_prep.nifti_stream import check_extensions
 
 MAX_VOXELS = 64_000_000  # an atlas of 0.5 mm has 58 million
 MAX_HEADER_BYTES = 64_000_000  # header with extensions; the tables of a CIFTI file have some 10 million
@@ -41,6 +42,7 @@ def open_labels(path: Path) -> Any:
         raise DataError(f"{path}: expected a label image .nii or .nii.gz, or a CIFTI .dlabel.nii")
     try:
         _check_size(path)
+        check_extensions(path)
         image: Any = nibabel.load(path)
     except (ImageFileError, HeaderDataError, OSError, EOFError, ValueError, zlib.error) as error:
         if isinstance(error, DataError):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gzip
 import math
+import struct
 import zlib
 from collections import deque
 from collections.abc import Generator
@@ -31,6 +32,7 @@ MAX_TIMEPOINTS = 20_000  # 4 h at a TR of 0.72 s; bounds what a worker keeps of 
 MAX_VOLUME_BYTES = 128 * MIB  # a whole head at 0.8 mm in float64 fits
 MAX_VOXELS = 2**25  # of a volume: what is kept a voxel may be larger than the voxel
 MAX_OFFSET = 64 * MIB  # header and its extensions
+MAX_EXTENSION = 32 * MIB  # the XML of CIFTI for 170,000 grayordinates takes a few
 MAX_PADDING = 4096  # bytes after the last volume that are no sign of another image than the header's
 MAX_INFLATION = 1032  # deflate: at least 2 bits for at most 258 bytes (zlib's technical details)
 AHEAD_VOLUMES, AHEAD_BYTES = 4, 32 * MIB  # decompressed before they are asked for, at most
@@ -269,6 +271,45 @@ class NiftiStream:
             if not skipped:
                 raise EOFError("the file ends before the first volume")
             left -= skipped
+
+
+def check_extensions(path: Path) -> None:
+    """Refuse extensions that are larger than any, or than the file: nibabel allocates what they claim.
+
+    Parameters
+    ----------
+    path : path
+        Of a NIfTI file, not compressed; anything else passes, and is left to its reader.
+    """
+    num_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(544)
+        order = next((o for o in "<>" for size in FORMATS if start[:4] == np.array(size, f"{o}i4").tobytes()), "")
+        if not order:
+            return
+        size = struct.unpack(f"{order}i", start[:4])[0]
+        flag = start[size : size + 4]
+        if len(flag) < 4 or not flag[0]:
+            return
+        offset = struct.unpack_from(f"{order}q", start, 168)[0] if size == 540 else 0
+        if size == 348:
+            vox_offset = struct.unpack_from(f"{order}f", start, 108)[0]
+            offset = int(vox_offset) if math.isfinite(vox_offset) else -1
+        if not 0 <= offset <= MAX_OFFSET:
+            raise DataError(f"the header says that the data begin at byte {offset}: expected at most {MAX_OFFSET}")
+        at = size + 4
+        while at + 8 <= (offset or num_bytes):
+            file.seek(at)
+            head = file.read(8)
+            if len(head) < 8:
+                return
+            extension, code = struct.unpack(f"{order}2i", head)
+            if not 8 <= extension <= min(MAX_EXTENSION, num_bytes - at):
+                raise DataError(
+                    f"an extension of the header (code {code}) claims {extension} bytes at byte {at}: expected 8 to "
+                    f"{MAX_EXTENSION}, and no more than the {num_bytes} bytes of the file"
+                )
+            at += extension
 
 
 def _shape(header: Any) -> tuple[int, ...]:

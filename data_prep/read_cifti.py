@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from brainlm.errors import DataError
 from data_prep.atlas_image import AtlasImage
+from data_prep.nifti_stream import check_extensions
 from data_prep.parcel_names import ParcelNames, parcel_order
 from data_prep.parcellate import TR_TOLERANCE, Parcellated
 from data_prep.read_series import missing_columns
@@ -128,6 +129,7 @@ def _open(path: str | Path, kind: type, what: str) -> tuple[Any, Any, Any]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"there is no file {path.name}")
+    check_extensions(path)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # nibabel warns of shapes that differ, which is an error below

@@ -1,5 +1,8 @@
 """CIFTI series: means by structure and vertex, not by position in the file; the medial wall; TR and units."""
 
+import struct
+import tracemalloc
+
 import nibabel
 import numpy as np
 import pytest
@@ -175,6 +178,22 @@ def write_parcels(path, values, names):
     )
     nibabel.save(Cifti2Image(values.astype(np.float32), (SeriesAxis(0, 0.72, len(values), "SECOND"), parcels)), path)
     return path
+
+
+@pytest.mark.parametrize("claimed", [2**31 - 16, 0, -32])
+def test_extension_of_absurd_size_is_refused_before_it_is_read(tmp_path, rng, atlas, claimed):
+    axis, _ = models()
+    path = write_dense(tmp_path / "a.dtseries.nii", rng.normal(size=(20, len(axis))), axis)
+    data = bytearray(path.read_bytes())
+    assert struct.unpack_from("<i", data, 548) == (32,)  # the code of CIFTI's extension
+    struct.pack_into("<i", data, 544, claimed)
+    path.write_bytes(data)
+    tracemalloc.start()
+    with pytest.raises(DataError, match=rf"code 32\) claims {claimed} bytes at byte 544: expected 8 to"):
+        read(path, atlas)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
 
 
 def test_parcel_series_are_matched_by_name(tmp_path, rng, parcel_atlas):
