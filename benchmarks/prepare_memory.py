@@ -46,6 +46,7 @@ VERTICES_A_PARCEL = 4
 VOLUMES_A_MEMBER = 50
 NUM_RECORDINGS = 2
 POLL_S = 0.05
+LEFT = "CIFTI_STRUCTURE_CORTEX_LEFT"
 
 Series = NDArray[np.float32]
 
@@ -87,9 +88,9 @@ def ptseries(folder: Path, bold: Series) -> Path:
     import nibabel
     from nibabel.cifti2 import Cifti2Image, ParcelsAxis, SeriesAxis
 
-    vertices = [{"CORTEX_LEFT": np.arange(k, k + 1)} for k in range(NUM_PARCELS)]
+    vertices = [{LEFT: np.arange(k, k + 1)} for k in range(NUM_PARCELS)]
     voxels = [np.zeros((0, 3), dtype=int)] * NUM_PARCELS
-    axis = ParcelsAxis([name for _, name in _parcel_names()], voxels, vertices, nvertices={"CORTEX_LEFT": NUM_PARCELS})
+    axis = ParcelsAxis([name for _, name in _parcel_names()], voxels, vertices, nvertices={LEFT: NUM_PARCELS})
     image = Cifti2Image(bold, (SeriesAxis(0, TR_S, len(bold), "SECOND"), axis))
     nibabel.save(image, folder / "bold.ptseries.nii")
     return folder / "bold.ptseries.nii"
@@ -141,7 +142,7 @@ def _surface() -> Any:
     from nibabel.cifti2 import BrainModelAxis
 
     num_vertices = NUM_PARCELS * VERTICES_A_PARCEL
-    return BrainModelAxis.from_surface(np.arange(num_vertices), num_vertices, "CORTEX_LEFT")
+    return BrainModelAxis.from_surface(np.arange(num_vertices), num_vertices, LEFT)
 
 
 # --- what is prepared with it ---
@@ -258,7 +259,7 @@ def _workers_mb(pid: int) -> Iterator[float]:
         return
     name = status["Name"].strip()
     if name.startswith("ray::") and "Agent" not in name and "VmHWM" in status:
-        yield int(status["VmHWM"].split()[0]) / 1e3
+        yield int(status["VmHWM"].split()[0]) * 1024 / 1e6
     for child in children:
         yield from _workers_mb(int(child))
 

@@ -140,7 +140,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
             reading = (recipe.orientation, recipe.checks, recipe.clean.mean_over)
             found = read_recording(file, entry, recipe.atlas, *reading)
         bold, coverage, tr_s, tsnr = found.bold, found.coverage, found.tr_s, found.tsnr
-        del found  # it would keep the series as read, up to 64 MiB
+        del found  # it would keep the series as read, up to 48 MiB
         with _stage("confounds"):
             confounds_file = inputs.enter_context(local_input(entry.confounds)) if entry.confounds else None
             confounds = read_confounds(confounds_file, recipe.clean, len(bold), denoised=entry.denoised)
@@ -151,7 +151,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
     missing = missing_columns(bold)
     num_constant = int((missing & np.isfinite(bold).all(axis=0)).sum())
     _check_missing(missing, recipe.checks)
-    bold[:, missing] = np.nan  # in place: a copy of the longest recording takes 56 MiB
+    bold[:, missing] = np.nan  # in place: a copy of the longest recording takes 48 MiB
     as_read = series_sha256(bold)
     bold[:, missing] = 0.0
     first = confounds.num_dummy_scans
