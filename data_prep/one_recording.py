@@ -11,7 +11,6 @@ A refused recording has its row alone, so that it is not read again either.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import logging
 import zipfile
@@ -113,9 +112,9 @@ def prepare_recording(recipe: Recipe, entry: SourceEntry) -> Row:
     except Exception as error:  # one strange file must not end the work on all others; it is counted as refused
         logger.exception("%s: unexpected error", entry.recording_id)
         return refused_row(entry, "internal", f"internal: {type(error).__name__}: {error}") | {"reused": False}
-    buffer = io.BytesIO()
-    np.savez(buffer, bold=staged.bold, coverage=staged.coverage, keep_mask=staged.keep_mask)
-    recipe.staging.write_bytes(f"{entry.recording_id}.npz", buffer.getbuffer())
+    name = f"{entry.recording_id}.npz"
+    with recipe.staging.new_file(name) as path, path.open("wb") as file:  # never whole in memory once more
+        np.savez(file, bold=staged.bold, coverage=staged.coverage, keep_mask=staged.keep_mask)
     _write_row(recipe, stamp, row)
     return row | {"reused": False}
 
@@ -123,7 +122,7 @@ def prepare_recording(recipe: Recipe, entry: SourceEntry) -> Row:
 def load_staged(staging: Store, recording_id: str) -> Staged:
     """Return one staged recording."""
     try:
-        with np.load(io.BytesIO(staging.read_bytes(f"{recording_id}.npz")), allow_pickle=False) as arrays:
+        with staging.local_copy(f"{recording_id}.npz") as path, np.load(path, allow_pickle=False) as arrays:
             return Staged(arrays["bold"], arrays["coverage"], arrays["keep_mask"])
     except (zipfile.BadZipFile, KeyError, ValueError) as error:
         raise StoreError(
@@ -140,7 +139,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
             reading = (recipe.orientation, recipe.checks, recipe.clean.mean_over)
             found = read_recording(file, entry, recipe.atlas, *reading)
         bold, coverage, tr_s, tsnr = found.bold, found.coverage, found.tr_s, found.tsnr
-        del found  # it would keep the series as read, up to 48 MiB
+        del found  # it would keep the series as read, up to 40 MiB
         with _stage("confounds"):
             confounds_file = inputs.enter_context(local_input(entry.confounds)) if entry.confounds else None
             confounds = read_confounds(confounds_file, recipe.clean, len(bold), denoised=entry.denoised)
@@ -151,7 +150,7 @@ def _prepare(recipe: Recipe, entry: SourceEntry) -> tuple[Staged, Row]:
     missing = missing_columns(bold)
     num_constant = int((missing & np.isfinite(bold).all(axis=0)).sum())
     _check_missing(missing, recipe.checks)
-    bold[:, missing] = np.nan  # in place: a copy of the longest recording takes 48 MiB
+    bold[:, missing] = np.nan  # in place: a copy of the longest recording takes 40 MiB
     as_read = series_sha256(bold)
     bold[:, missing] = 0.0
     first = confounds.num_dummy_scans

@@ -60,7 +60,7 @@ def entry_of(toy, series):
 
 
 def test_memory_of_a_recording_is_a_few_times_its_series(toy, rng, recipe):
-    """Series have at most 48 MiB (`MAX_VALUES`), programs take 180 to 280 MB; a worker is to have 500 MB."""
+    """Series have at most 40 MiB (`MAX_VALUES`), programs take 180 to 280 MB; a worker is to have 500 MB."""
     for num_timepoints in (500, 10_000):  # the first call loads modules
         entry = entry_of(toy, rng.normal(1000, 1, (num_timepoints, NUM_PARCELS)).astype(np.float32))
         tracemalloc.start()
