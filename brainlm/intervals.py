@@ -53,7 +53,9 @@ def bootstrap_interval(
     (low, high)
         NaN, NaN for fewer than two units: one subject says nothing about other subjects.
     """
-    return _interval(_replicates(sums, metric, counts), counts.shape[1], level)
+    if counts.shape[1] < 2:
+        return float("nan"), float("nan")
+    return percentile_interval(_replicates(sums, metric, counts), level)
 
 
 def bootstrap_difference(
@@ -65,7 +67,7 @@ def bootstrap_difference(
 ) -> tuple[float, float]:
     """Return the interval of metric(ours) - metric(theirs), both resampled together (paired by unit)."""
     difference = _replicates(ours, metric, counts) - _replicates(theirs, metric, counts)
-    return _interval(difference, counts.shape[1], level)
+    return percentile_interval(difference, level) if counts.shape[1] > 1 else (float("nan"), float("nan"))
 
 
 def _replicates(sums: Mapping[str, FloatArray], metric: Metric, counts: FloatArray) -> FloatArray:
@@ -73,9 +75,10 @@ def _replicates(sums: Mapping[str, FloatArray], metric: Metric, counts: FloatArr
     return metric({name: resampled[:, column] for column, name in enumerate(sums)})
 
 
-def _interval(replicates: FloatArray, num_units: int, level: float) -> tuple[float, float]:
+def percentile_interval(replicates: FloatArray, level: float = 0.95) -> tuple[float, float]:
+    """Return the ends between which the middle `level` of the replicates lie; NaN, NaN where none is defined."""
     replicates = replicates[np.isfinite(replicates)]
-    if num_units < 2 or len(replicates) == 0:
+    if len(replicates) == 0:
         return float("nan"), float("nan")
     low, high = np.quantile(replicates, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

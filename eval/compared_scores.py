@@ -137,7 +137,7 @@ def _by_key(folder: ResultsFolder, task: str, name_in_b: dict[str, str]) -> dict
 
 def _difference(a: ResultsFolder, score_a: Score, b: ResultsFolder, score_b: Score) -> ScoreDifference:
     same_data = (a.dataset_hash, score_a.split) == (b.dataset_hash, score_b.split)
-    interval = difference_interval(a.sums_of(score_a), b.sums_of(score_b), same_data)
+    interval = difference_interval(a.made_of(score_a), b.made_of(score_b), same_data)
     common = [note for note in score_a.notes if note in score_b.notes]
     own_a = [f"A: {note}" for note in score_a.notes if note not in common]
     own_b = [f"B: {note}" for note in score_b.notes if note not in common]

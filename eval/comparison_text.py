@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from brainlm.errors import ConfigError
 from eval.comparison import Comparison, ScoreDifference
 from eval.results_folder import RUN, ResultsFolder
+from eval.summary import HEADLINE
 
 LONGEST = 60
 MOST_NAMED = 2
@@ -16,7 +17,7 @@ COLUMNS = ("", "", "A", "B", "B - A", "95 % interval", "")
 
 
 def comparison_text(comparison: Comparison, metric: str = "") -> str:
-    """Return everything that is printed; `metric` "" shows the first one of each task.
+    """Return everything that is printed; `metric` "" shows those of the closing table of an evaluation.
 
     Raises
     ------
@@ -34,10 +35,14 @@ def comparison_text(comparison: Comparison, metric: str = "") -> str:
     shown: list[ScoreDifference] = []
     for task in dict.fromkeys(score.task for score in comparison.scores):
         rows = [score for score in comparison.scores if score.task == task]
-        name = metric or rows[0].metric
-        chosen = [score for score in rows if score.metric == name]
-        blocks.append([f"{task}: {name}", *_table(chosen)] if chosen else [f"{task} has no metric {name}"])
-        shown += chosen
+        names = (metric,) if metric else HEADLINE.get(task, (rows[0].metric,))
+        here = [name for name in names if any(score.metric == name for score in rows)]
+        if metric and not here:
+            blocks.append([f"{task} has no metric {metric}"])
+        for name in here:  # numbers and classes of the clinical task have metrics of their own
+            chosen = [score for score in rows if score.metric == name]
+            blocks.append([f"{task}: {name}", *_table(chosen)])
+            shown += chosen
     if any(score.excludes_zero for score in shown):
         blocks.append(["* the interval excludes 0; of 20 scores that did not change, about one has such an interval"])
     blocks.append(

@@ -1,10 +1,10 @@
-"""A results folder as a comparison reads it: scores, what was run, and the sums that each score was made of."""
+"""A results folder as a comparison reads it: scores, what was run, and what each score was made of."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,33 +12,32 @@ from typing import Any
 import pandas as pd
 
 from brainlm.errors import DataError, StoreError
-from brainlm.intervals import FloatArray, Metric, metric_value
 from brainlm.store import Store
+from eval.clinical.answers import answers_by_condition, plain_condition
 from eval.make_scores import sums_by_condition
 from eval.models import MethodSpec
 from eval.planning import make_task
+from eval.resampled import Minus, Resampled, ScoreAnswers, ScoreSums, score_of
 from eval.results import FILE_NAME, ConditionValue, Score, read_scores
 from eval.settings import TASKS, EvalSettings
-from eval.task import FOLDER, Grouping, UnitOutput
+from eval.task import FOLDER, UnitOutput, together
 
 RUN = "run.json"
 MINUS_REFERENCE = "_minus_reference"
-OWN, REFERENCE = "own ", "reference "  # before the names of sums where a score is a difference
 UNIT_KEYS = {"name", "kind", "model_hash", "task", "file"}
 Condition = frozenset[tuple[str, ConditionValue]]
+Outputs = Sequence[tuple[MethodSpec, UnitOutput]]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class ScoreSums:
-    """What a score was made of: a row of sums for each resampled unit, and the metric that takes them."""
+class MadeOf:
+    """What the scores of a model under one condition were made of, by metric.
 
-    frame: pd.DataFrame
-    metric: Metric
+    ``not_in_reference`` are conditions that the reference baseline does not have.
+    """
 
-    def arrays(self, units: pd.Index | None = None) -> dict[str, FloatArray]:
-        """Return the sums by name, in the order of `units`."""
-        frame = self.frame if units is None else self.frame.loc[units]
-        return {str(name): frame[name].to_numpy("float64") for name in frame.columns}
+    metrics: Mapping[str, Resampled]
+    not_in_reference: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,7 +47,7 @@ class ResultsFolder:
     store: Store
     scores: tuple[Score, ...]
     run: Mapping[str, Any]
-    _tasks: dict[str, dict[tuple[Condition, str], tuple[Grouping, pd.DataFrame]]] = field(default_factory=dict)
+    _tasks: dict[str, dict[tuple[Condition, str], MadeOf]] = field(default_factory=dict)
 
     @property
     def dataset_hash(self) -> str:
@@ -69,7 +68,7 @@ class ResultsFolder:
         """Kind by name."""
         return {score.model: score.model_kind for score in self.scores}
 
-    def sums_of(self, score: Score) -> ScoreSums | str:
+    def made_of(self, score: Score) -> Resampled | str:
         """Return what a score was made of, or say why that is not known.
 
         Raises
@@ -78,50 +77,45 @@ class ResultsFolder:
             If a table is damaged.
         """
         if not self.run:
-            return f"{self.store.url_of(RUN)} is not there, which says where the sums are"
+            return f"{self.store.url_of(RUN)} is not there, which says where the tables are"
         if score.task not in TASKS:
             return f"the task {score.task} is not known to this version"
         tables = self._tables(score.task)
         condition = {name: value for name, value in score.condition.items() if name != "reference"}
-        found = tables.get((frozenset(condition.items()), score.model))
-        if found is None:
-            return f"no table of sums of {score.model} in {self.store.url_of(FOLDER)}"
-        grouping, frame = found
+        own = tables.get((frozenset(condition.items()), score.model))
+        if own is None:
+            return f"no table of {score.model} in {self.store.url_of(FOLDER)}"
         name = score.metric.removesuffix(MINUS_REFERENCE)
-        if name not in grouping.metrics:
+        if name not in own.metrics:
             return f"the metric {name} is not known to this version"
-        metric = grouping.metrics[name]
+        found: Resampled = own.metrics[name]
         if score.metric.endswith(MINUS_REFERENCE):
-            bare = {name: value for name, value in condition.items() if name not in grouping.not_in_reference}
+            bare = {name: value for name, value in condition.items() if name not in own.not_in_reference}
             theirs = tables.get((frozenset(bare.items()), str(score.condition.get("reference"))))
             if theirs is None:
-                return f"no table of sums of the reference in {self.store.url_of(FOLDER)}"
-            frame = pd.concat([frame.add_prefix(OWN), theirs[1].add_prefix(REFERENCE)], axis=1, join="inner")
-            metric = _minus_reference(metric)
-        sums = ScoreSums(frame=frame, metric=metric)
-        value = metric_value(sums.arrays(), metric)
+                return f"no table of the reference in {self.store.url_of(FOLDER)}"
+            found = Minus(own=found, reference=theirs.metrics[name])
+        value = score_of(found)
         if not math.isclose(value, score.value, rel_tol=1e-9, abs_tol=1e-9):
-            return f"the sums in {self.store.url_of(FOLDER)} give {value:.6g}, {FILE_NAME} says {score.value:.6g}"
-        return sums
+            return f"the tables in {self.store.url_of(FOLDER)} give {value:.6g}, {FILE_NAME} says {score.value:.6g}"
+        return found
 
     @cached_property
     def _stored(self) -> set[str]:
         return {f"{FOLDER}/{name}" for name in self.store.names(FOLDER)}
 
-    def _tables(self, task: str) -> dict[tuple[Condition, str], tuple[Grouping, pd.DataFrame]]:
-        """Return grouping and sums per resampled unit, by condition and model."""
+    def _tables(self, task: str) -> dict[tuple[Condition, str], MadeOf]:
+        """Return what scores were made of, by condition and model."""
         if task not in self._tasks:
-            outputs = [
-                (MethodSpec(name=unit["name"], kind=unit["kind"], model_hash=unit["model_hash"]), self._read(unit))
-                for unit in self.run.get("units", [])
-                if unit["task"] == task and unit["file"] in self._stored
-            ]
-            made = make_task(task, EvalSettings(dataset="", out=""))  # no setting changes how a table is divided
-            self._tasks[task] = {
-                (frozenset(sums.condition.items()), spec.name): (sums.grouping, sums.frame)
-                for spec, output in outputs
-                for sums in sums_by_condition(made, output.table).values()
-            }
+            outputs = together(
+                [
+                    (MethodSpec(name=unit["name"], kind=unit["kind"], model_hash=unit["model_hash"]), self._read(unit))
+                    for unit in self.run.get("units", [])
+                    if unit["task"] == task and unit["file"] in self._stored
+                ]
+            )
+            found = _answers(outputs) if task == "clinical" else _sums(task, outputs)
+            self._tasks[task] = {(frozenset(condition.items()), model): made for condition, model, made in found}
         return self._tasks[task]
 
     def _read(self, unit: Mapping[str, Any]) -> UnitOutput:
@@ -159,12 +153,17 @@ def read_results_folder(url: str) -> ResultsFolder:
     return ResultsFolder(store=store, scores=tuple(scores), run=run)
 
 
-def _minus_reference(metric: Metric) -> Metric:
-    def difference(sums: Mapping[str, FloatArray]) -> FloatArray:
-        own, reference = (
-            {name.removeprefix(prefix): values for name, values in sums.items() if name.startswith(prefix)}
-            for prefix in (OWN, REFERENCE)
-        )
-        return metric(own) - metric(reference)
+def _sums(task: str, outputs: Outputs) -> Iterator[tuple[dict[str, ConditionValue], str, MadeOf]]:
+    made = make_task(task, EvalSettings(dataset="", out=""))  # no setting changes how a table is divided
+    for spec, output in outputs:
+        for sums in sums_by_condition(made, output.table).values():
+            grouping, frame = sums.grouping, sums.frame
+            by = {name: ScoreSums(frame=frame, metric=metric) for name, metric in grouping.metrics.items()}
+            yield sums.condition, spec.name, MadeOf(metrics=by, not_in_reference=grouping.not_in_reference)
 
-    return difference
+
+def _answers(outputs: Outputs) -> Iterator[tuple[dict[str, ConditionValue], str, MadeOf]]:
+    for spec, output in outputs:
+        for condition, answers in answers_by_condition(output.table):
+            by = {name: ScoreAnswers(answers=answers, metric=metric) for name, metric in answers.metrics.items()}
+            yield plain_condition(condition), spec.name, MadeOf(metrics=by, not_in_reference=("readout",))

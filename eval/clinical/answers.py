@@ -90,9 +90,12 @@ class Answers:
 
     def replicates(self, metric: RowMetric, num_bootstrap: int, seed: int) -> FloatArray:
         """Return a metric for each draw of groups with replacement, the same draw in all repeats."""
-        counts = bootstrap_counts(len(self.groups), num_bootstrap, seed)
+        return self.weighted(metric, bootstrap_counts(len(self.groups), num_bootstrap, seed))
+
+    def weighted(self, metric: RowMetric, counts: FloatArray) -> FloatArray:
+        """Return a metric for each draw, (B,): `counts` (B, groups) says how often each of `groups` is in it."""
         return np.concatenate(
-            [self._mean(metric, counts[start : start + CHUNK]) for start in range(0, num_bootstrap, CHUNK)]
+            [self._mean(metric, counts[start : start + CHUNK]) for start in range(0, len(counts), CHUNK)]
         )
 
     @cached_property

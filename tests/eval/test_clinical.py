@@ -15,12 +15,14 @@ import pytest
 from brainlm.checkpoint import save_checkpoint
 from brainlm.dataset import Dataset, open_dataset
 from brainlm.errors import ConfigError, DataError
+from brainlm.intervals import bootstrap_counts
 from brainlm.store import Store
 from brainlm.testing import small_model
 from eval.clinical.features import fisher_z
 from eval.clinical.people import find_people
 from eval.clinical.settings import ClinicalSettings
 from eval.cohort import Cohort
+from eval.compare import main as compare
 from eval.results import Score, read_scores
 from eval.run import main
 from tests.phenotypes import MISSING_AGE, write_phenotype_dataset
@@ -304,3 +306,47 @@ def test_settings_that_make_no_sense_are_refused() -> None:
 
         with pytest.raises(ConfigError, match=message):
             build(ClinicalSettings, settings, "clinical")
+
+
+def test_two_evaluations_are_compared_by_the_same_people(
+    finished: Path, dataset: Dataset, tmp_path: Path, capsys: Captured
+) -> None:
+    other = str(tmp_path / "other")
+    seen = [entry.subject for entry in dataset.split("train").entries]
+    save_checkpoint(other, small_model(dataset.contract, seed=3), {}, seen)
+    more = ("clinical.readouts=[linear]", "clinical.baselines=['FC, linear']")
+    assert run(dataset, other, tmp_path / "after", *more) == 0
+    words = [str(finished), str(tmp_path / "after"), "--out", str(tmp_path / "comparison.json"), "--task", "clinical"]
+    assert compare([*words, "--model", "BrainLM tiny=BrainLM other"]) == 0
+    printed = capsys.readouterr().out
+    assert "clinical: r2\n" in printed
+    assert "clinical: auc\n" in printed
+    found = json.loads((tmp_path / "comparison.json").read_text())["scores"]
+    assert {record["interval"] for record in found} == {"paired"}
+    same = [record for record in found if record["model_a"] == "FC, linear"]
+    assert same
+    assert all(record["difference"] == record["ci_low"] == record["ci_high"] == 0 for record in same)
+
+    condition = {"target": "age", "readout": "linear", "folds": "random", "confounds": "kept"}
+    (record,) = [r for r in found if (r["model_a"], r["metric"], r["condition"]) == ("BrainLM tiny", "r2", condition)]
+    frames = []
+    for folder, model in ((finished, "BrainLM tiny"), (tmp_path / "after", "BrainLM other")):
+        table = pd.read_parquet(folder / "clinical_predictions.parquet")
+        here = (table["model"] == model) & (table[list(condition)] == list(condition.values())).all(axis=1)
+        frames.append(table[here].set_index("group").sort_index())
+    groups = sorted(frames[0].index.unique())
+    assert len(groups) == len(frames[0]) - 1  # a recording a subject, and one family of two
+
+    def r2(frame: pd.DataFrame) -> float:
+        truth = frame["truth"].to_numpy()
+        return float(1 - np.square(frame["predicted"] - truth).sum() / np.square(truth - truth.mean()).sum())
+
+    drawn = []
+    for counts in bootstrap_counts(len(groups), 2000, 0)[:400]:
+        names = np.repeat(groups, counts.astype(int))
+        drawn.append(r2(frames[1].loc[names]) - r2(frames[0].loc[names]))
+    assert record["difference"] == pytest.approx(r2(frames[1]) - r2(frames[0]))
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    width = high - low
+    assert abs(record["ci_low"] - low) < 0.2 * width  # 400 of 2000 draws
+    assert abs(record["ci_high"] - high) < 0.2 * width

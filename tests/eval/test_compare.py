@@ -19,7 +19,7 @@ from brainlm.store import Store
 from brainlm.testing import small_model, write_synthetic_dataset
 from eval.compare import main
 from eval.difference_interval import difference_interval
-from eval.results_folder import ScoreSums
+from eval.resampled import ScoreSums
 from eval.run import main as evaluate
 from tests.eval.conftest import PATCH_LEN, WINDOW_LEN
 
@@ -308,7 +308,7 @@ def test_without_sums_values_are_compared_and_the_reason_is_given(
     change_records(other, lambda r: {**r, "value": 0.123, "ci_low": 0, "ci_high": 1} if r["metric"] == "mse" else r)
     found = compared(before, other, tmp_path)
     gone, changed = one(found, "forecasting", "r2", "mean"), one(found, "forecasting", "mse", "persistence")
-    for score, reason in ((gone, "no table of sums of mean in"), (changed, "results.json says 0.123")):
+    for score, reason in ((gone, "no table of mean in"), (changed, "results.json says 0.123")):
         assert (score["ci_low"], score["ci_high"], score["interval"]) == (None, None, "none")
         assert any(note.startswith("no interval: B: ") and reason in note for note in score["notes"])
     assert changed["difference"] == pytest.approx(0.123 - changed["value_a"])
