@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
-from pathlib import Path
 
 from brainlm.errors import BrainLMError
 from brainlm.store import Store
@@ -23,18 +22,19 @@ from eval.report_forecasting import forecasting_section
 from eval.report_input import listed, read_results
 from eval.report_networks import networks_section
 from eval.report_own_tasks import own_section, own_tasks
-from eval.report_page import Artist
+from eval.report_page import Artist, render_page
 from eval.report_provenance import provenance
 from eval.report_reconstruction import reconstruction_section
+from eval.report_several import write_overview
 from eval.report_tables import RECORD_COLUMNS, record_rows
 from eval.report_training import training_section
+from eval.several import LISTED
 
 REPORT_NAME = "report.html"
-TEMPLATE = Path(__file__).with_name("report_template.html.j2")
 
 
 def write_report(results_folder: str) -> None:
-    """Write ``report.html`` and the files in ``figures/`` of a results folder.
+    """Write ``report.html`` and the files in ``figures/`` of a results folder; of several data sets their tables.
 
     Parameters
     ----------
@@ -46,9 +46,10 @@ def write_report(results_folder: str) -> None:
     DataError
         If there is no ``results.json``, or it is not a list of scores.
     """
-    import jinja2
-    from markupsafe import Markup
-
+    store = Store(results_folder)
+    if store.exists(LISTED):
+        write_overview(store)
+        return
     results = read_results(results_folder)
     artist = Artist(store=results.store)
     with quiet_drawing():
@@ -65,12 +66,9 @@ def write_report(results_folder: str) -> None:
             )
         ]
         sections += [own_section(results, task) for task in own_tasks(results)]
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
-    environment.filters["svg"] = Markup  # made by eval.figures, which escapes what it is given
     models = [results.labels[model] for model in results.models]
-    page = environment.from_string(TEMPLATE.read_text()).render(
+    page = render_page(
+        "report.html.j2",
         title=f"{listed(models) if models else 'Baselines'} on {results.scores[0].dataset}",
         lead=lead(results),
         simulated=results.is_simulated,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,8 @@ from eval.figures_charts import Estimate
 from eval.report_input import Results
 from eval.report_tables import Table
 from eval.results import Score
+
+PAGES = Path(__file__).with_name("pages")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,3 +72,19 @@ def ordered_looks(results: Results, scores: Sequence[Score]) -> dict[str, Look]:
         mean, key=lambda m: (order.index(kinds[m]), -float(np.mean(mean[m])) if kinds[m] != "brainlm" else 0)
     )
     return {model: results.looks[model] for model in ranked}
+
+
+def render_page(name: str, **values: Any) -> str:
+    """Fill one of the pages in ``eval/pages``; what is filled in is escaped, and a missing value is an error."""
+    import jinja2
+    from markupsafe import Markup
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(PAGES),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["svg"] = Markup  # made by eval.figures, which escapes what it is given
+    return environment.get_template(name).render(**values)

@@ -144,7 +144,7 @@ def read_results_folder(url: str) -> ResultsFolder:
     of_task = {(score.dataset_hash, score.task, score.split) for score in scores}
     if len({score.dataset_hash for score in scores}) > 1 or len({task for _, task, _ in of_task}) < len(of_task):
         raise DataError(
-            f"{store.url_of(FILE_NAME)} holds scores of several data sets or splits, which one run never has"
+            f"{store.url_of(FILE_NAME)} holds scores of several data sets or splits: give the folder of one, below it"
         )
     run = store.read_json(RUN) if store.exists(RUN) else {}
     units = run.get("units", []) if isinstance(run, dict) else None
@@ -154,7 +154,7 @@ def read_results_folder(url: str) -> ResultsFolder:
 
 
 def _sums(task: str, outputs: Outputs) -> Iterator[tuple[dict[str, ConditionValue], str, MadeOf]]:
-    made = make_task(task, EvalSettings(dataset="", out=""))  # no setting changes how a table is divided
+    made = make_task(task, EvalSettings(dataset="any", out=""))  # no setting changes how a table is divided
     for spec, output in outputs:
         for sums in sums_by_condition(made, output.table).values():
             grouping, frame = sums.grouping, sums.frame

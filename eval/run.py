@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 
 from brainlm.checkpoint import train_subjects
 from brainlm.config import load_config, parse_entry_args, to_yaml
-from brainlm.errors import BrainLMError
+from brainlm.errors import BrainLMError, ConfigError
 from brainlm.store import Store
 from eval.artifacts import command_line, write_examples, write_forecast_curves, write_parcels, write_run
 from eval.clinical.tables import write_clinical
@@ -26,6 +26,7 @@ from eval.planning import Plan, make_plan, make_tasks
 from eval.reference import choose_reference
 from eval.results import Score, write_scores
 from eval.settings import EvalSettings
+from eval.several import LISTED, evaluate_several, make_plans
 from eval.summary import summary
 from eval.task import ScoreContext, Unit, is_done, read_output, together
 
@@ -37,11 +38,16 @@ def main(argv: list[str] | None = None) -> int:
         settings = load_config(EvalSettings, args.config, args.overrides)
         if args.dry_run:
             print(to_yaml(settings), flush=True)  # also where the plan cannot be made yet
-        plan = make_plan(settings)
-        if args.dry_run:
+        if settings.datasets and not args.dry_run:
+            return evaluate_several(settings, evaluate)
+        if Store(settings.out).exists(LISTED) and not settings.datasets:
+            raise ConfigError(f"out={settings.out} holds the results of several data sets: choose another for one")
+        plans = make_plans(settings) if settings.datasets else [make_plan(settings)]
+        if not args.dry_run:
+            return evaluate(plans[0])
+        for plan in plans:
             print_plan(plan)
-            return 0
-        return evaluate(plan)
+        return 0
     except KeyboardInterrupt:
         print("interrupted; the same command goes on", file=sys.stderr)
         return 130

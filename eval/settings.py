@@ -51,10 +51,12 @@ class RaySettings(Section):
 class EvalSettings(Section):
     """Everything that decides what is scored, and how."""
 
-    dataset: str
-    """URL of a prepared data set."""
     out: str
     """Results folder; a second run computes only what is missing there."""
+    dataset: str = ""
+    """URL of a prepared data set."""
+    datasets: tuple[str, ...] = ()
+    """Several instead of one: each has a results folder of its own below ``out``, which holds the tables of all."""
     checkpoints: tuple[str, ...] = ()
     """Checkpoint folders, or training-run folders (their newest complete checkpoint is taken)."""
     split: Split = "test"
@@ -82,6 +84,8 @@ class EvalSettings(Section):
     """Write figures and report.html at the end."""
 
     def __post_init__(self) -> None:
+        if bool(self.dataset) == bool(self.datasets) or len(set(self.datasets)) != len(self.datasets):
+            raise ConfigError("give either dataset, the URL of a prepared data set, or datasets, several, each once")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError("tasks: name at least one task, each once")
         unknown = [name for name in self.tasks if name not in TASKS and not is_external(name)]

@@ -120,12 +120,20 @@ def _row(score: Score) -> str:
 
 
 def _column(score: Score, by: str) -> str:
+    return condition_words({name: value for name, value in score.condition.items() if name not in (*IN_ROW, by)})
+
+
+def condition_words(condition: Mapping[str, object]) -> str:
+    """Return a condition as a heading."""
     words = {"mask_ratio": "{:.0%} hidden", "horizon": "{} timepoints ahead", "folds": "{} folds"}
-    shown = {name: value for name, value in score.condition.items() if name not in (*IN_ROW, *SILENT, by)}
-    if score.condition.get("mask", "random") != "random":
-        words = words | {"mask_ratio": "{:.0%} of " + str(score.condition["mask"]).replace("_", " ") + " hidden"}
-    if score.condition.get("folds") == "sites":
+    shown = {name: value for name, value in condition.items() if name not in SILENT}
+    if condition.get("mask", "random") != "random":
+        words = words | {"mask_ratio": "{:.0%} of " + str(condition["mask"]).replace("_", " ") + " hidden"}
+    if condition.get("folds") == "sites":
         words = words | {"folds": "each site left out"}
+    if "centring" in condition:
+        whole = condition["centring"] == "recording"
+        words = words | {"centring": "centred on the whole {}" if whole else "centred on {} values"}
     if shown.get("confounds") == "kept":
         del shown["confounds"]  # the usual case; the others say that they were removed
     return ", ".join(words.get(name, name + " {}").format(value) for name, value in shown.items())
