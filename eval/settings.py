@@ -56,7 +56,7 @@ class EvalSettings(Section):
     dataset: str = ""
     """URL of a prepared data set."""
     datasets: tuple[str, ...] = ()
-    """Several instead of one: each has a results folder of its own below ``out``, which holds the tables of all."""
+    """Several instead of ``dataset``, which is then not read: each gets a folder below ``out``, all of them a table."""
     checkpoints: tuple[str, ...] = ()
     """Checkpoint folders, or training-run folders (their newest complete checkpoint is taken)."""
     split: Split = "test"
@@ -84,8 +84,8 @@ class EvalSettings(Section):
     """Write figures and report.html at the end."""
 
     def __post_init__(self) -> None:
-        if bool(self.dataset) == bool(self.datasets) or len(set(self.datasets)) != len(self.datasets):
-            raise ConfigError("give either dataset, the URL of a prepared data set, or datasets, several, each once")
+        if not (self.dataset or self.datasets) or len(set(self.datasets)) != len(self.datasets):
+            raise ConfigError("give dataset, the URL of a prepared data set, or datasets, several, each once")
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ConfigError("tasks: name at least one task, each once")
         unknown = [name for name in self.tasks if name not in TASKS and not is_external(name)]

@@ -151,8 +151,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(
     assert main(arguments(training_run, out, f"datasets=[{dataset.store.url}, {few.store.url}]")) == 1
     assert f"error: data set {few.store.url}: " in capsys.readouterr().err
     assert not out.exists()
-    assert main(arguments(training_run, out, f"dataset={few.store.url}", f"datasets=[{few.store.url}]")) == 1
-    assert "give either dataset" in capsys.readouterr().err
+    assert main(arguments(training_run, out, f"datasets=[{few.store.url}, {few.store.url}]")) == 1
+    assert "datasets, several, each once" in capsys.readouterr().err
     assert main(arguments(training_run, both, f"dataset={dataset.store.url}")) == 1
     assert "holds the results of several data sets" in capsys.readouterr().err
     assert main(arguments(training_run, folders(both)[dataset.content_hash], f"datasets=[{dataset.store.url}]")) == 1
