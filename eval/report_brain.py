@@ -102,7 +102,7 @@ def _by_network(ours: Any, networks: Sequence[str], label: str, ratio: float) ->
     return Table(
         title="R² by network",
         caption=f"R² of {label} by parcel, {percent(ratio)} hidden, summarised by network (same definition as the "
-        "first table of section 3, summed over recordings for each parcel).",
+        "first table of reconstruction, summed over recordings for each parcel).",
         columns=["Parcels", "Median", "Lowest", "Highest"],
         rows=rows,
         head="Network",

@@ -61,8 +61,10 @@ def _reconstruction_claim(results: Results, model: str) -> Claim | None:
         return None
     label = results.labels[model]
     parts = [f"{label} reaches R² {number(ours)} with {percent(ratio)} of the tokens hidden ({held_out(ours)})."]
-    if ours.value < 0:
+    if (ours.value if ours.ci_high is None else ours.ci_high) < 0:
         parts.append("That is worse than guessing the mean.")
+    elif ours.ci_low is not None and ours.ci_low <= 0:
+        parts.append("The interval includes 0, which is guessing the mean.")
     verdict = Verdict(tone="open", word="not judged", reason="")
     if best is not None:
         verdict, sentence = judge(results, ours, best, "Strongest baseline")

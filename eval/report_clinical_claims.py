@@ -68,7 +68,7 @@ def _claim(results: Results, target: Target, model: str) -> Claim | None:
 def _worthless(target: Target, ours: Score) -> str:
     """Say that a score is no better than what can be had without looking."""
     what = "naming the mean" if target.is_regression else "chance"
-    if ours.value < target.chance:
+    if (ours.value if ours.ci_high is None else ours.ci_high) < target.chance:
         return f" That is worse than {what}."
     if ours.ci_low is not None and ours.ci_low <= target.chance:
         return f" The interval includes {target.chance:g}, which is {what}."

@@ -42,6 +42,11 @@ class Section:
     more_tables: list[Table] = field(default_factory=list)
     more_title: str = "Further metrics"
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing but the reason why."""
+        return not (self.paragraphs or self.drawings or self.tables or self.more_drawings or self.more_tables)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Artist:

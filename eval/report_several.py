@@ -61,7 +61,7 @@ def write_overview(store: Store) -> None:
 
 
 def _section(results: Results, task: str, labels: Sequence[str]) -> Section:
-    section = Section(title=task, anchor="".join(c if c.isalnum() else "-" for c in task))
+    section = Section(title=task.capitalize(), anchor="".join(c if c.isalnum() else "-" for c in task))
     of_task = results.task_scores(task)
     metrics = HEADLINE.get(task, (of_task[0].metric,))
     for metric in metrics:

@@ -241,10 +241,12 @@ def moved(scores: list[Score], shift: float, model: str = MODEL, metric: str = "
     ]
 
 
-def test_section_stands_between_forecasting_and_networks(complete: tuple[Path, str]) -> None:
+def test_tasks_that_were_not_run_are_named_at_the_end(complete: tuple[Path, str]) -> None:
     page = (complete[0] / "report.html").read_text()
-    anchors = re.findall(r'<section id="([^"]+)"', page)
-    assert anchors.index("clinical") == anchors.index("forecasting") + 1 == anchors.index("networks") - 1
+    assert re.findall(r'<section id="([^"]+)"', page) == ["clinical", "provenance"]
+    listed = page[page.index("Not in this report") : page.index("<h3>Data</h3>")]
+    assert re.findall(r'<th scope="row">([^<]+)', listed)[-2:] == ["Forecasting", "Functional networks"]
+    assert "This task was not run: results.json holds no record of it." in listed
 
 
 def test_page_holds_every_number_and_every_figure(complete: tuple[Path, str]) -> None:
