@@ -181,7 +181,7 @@ def write_synthetic_dataset(
     return open_dataset(url)
 
 
-def small_model(contract: InputContract, seed: int = 0) -> BrainLM:
+def small_model(contract: InputContract, seed: int = 0, patch_parcels: int = 1) -> BrainLM:
     """Return an untrained model of a few thousand weights for windows of the contract, in evaluation mode."""
     import torch
 
@@ -194,6 +194,7 @@ def small_model(contract: InputContract, seed: int = 0) -> BrainLM:
         decoder_mlp_width=64,
         window_len=contract.window_len,
         patch_len=contract.patch_len,
+        patch_parcels=patch_parcels,
     )
     model = BrainLM(config, contract)
     model.init_weights(torch.Generator().manual_seed(seed))

@@ -210,6 +210,7 @@ def make_plan(settings: EvalSettings) -> Plan:
         if task.reference() not in ("", AUTO) and task.reference() not in [spec.name for spec in specs]:
             known = ", ".join(spec.name for spec in specs)
             raise ConfigError(f"{name}.reference: expected {AUTO} or one of {known}, found {task.reference()!r}")
+        warnings += [f"{name}: {num} recordings are left out, {why}" for why, num in task.left_out(cohort).items()]
         warnings += [line for spec in specs for line in task.warnings(spec, cohort)]
         units += task_units(task, specs, plan, cohort)
     if not units:

@@ -129,6 +129,10 @@ class Task(Protocol):
         """Say what of a method cannot be computed, though it was asked for."""
         return []
 
+    def left_out(self, cohort: Cohort) -> Mapping[str, int]:
+        """Count the recordings that a task which chooses its own leaves out, by reason."""
+        return {}
+
     def hashed_data(self, cohort: Cohort) -> str:
         """Return a hash of what the numbers depend on besides the data set and the settings, "" if nothing."""
         return ""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,14 +36,14 @@ class People:
         The data set that they are of.
     cohort : Cohort
         How the data set is cut, and the key of the hashes that stand for subjects.
-    num_left_out : int
-        Recordings that are too short, or without signal, or of people whom a checkpoint was pretrained on.
+    left_out : mapping of str to int
+        How many recordings do not take part, by reason.
     """
 
     members: tuple[Member, ...]
     source: Members
     cohort: Cohort
-    num_left_out: int
+    left_out: Mapping[str, int]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -147,15 +148,23 @@ def find_people(cohort: Cohort, settings: ClinicalSettings) -> People:
     for folder in cohort.pretrained if settings.of == "unseen" else ():
         known = train_subjects(folder)
         seen |= source.groups_seen(known) if known is not None else set()
-    members = tuple(
-        member
-        for member in source.all
-        if member.num_timepoints >= cohort.window_len
-        and member.group not in seen
-        and (settings.of == "unseen" or member.split == cohort.split)
-        and _can_be_read(source, member, cohort)
-    )
-    return People(members, source, cohort, len(source.all) - len(members))
+    members: list[Member] = []
+    left_out: Counter[str] = Counter()
+    for member in source.all:
+        reason = ""
+        if member.group in seen:
+            reason = "of people that a checkpoint was pretrained on, or of their families"
+        elif settings.of == "split" and member.split != cohort.split:
+            reason = f"not in the split {cohort.split}"
+        elif member.num_timepoints < cohort.window_len:
+            reason = f"shorter than a window of {cohort.window_len} timepoints"
+        elif not _can_be_read(source, member, cohort):
+            reason = "with fewer than two kept timepoints, or two parcels with signal that all checkpoints can use"
+        if reason:
+            left_out[reason] += 1
+        else:
+            members.append(member)
+    return People(tuple(members), source, cohort, left_out)
 
 
 def _can_be_read(source: Members, member: Member, cohort: Cohort) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,12 +110,20 @@ class Clinical(Task):
         readouts = self._readouts(spec)
         if self._reads_parcels and spec.checkpoint and why_no_parcels(open_model(spec.checkpoint)):
             readouts = [readout for readout in readouts if readout not in OF_PARCELS]
+            if not readouts:
+                raise ConfigError(
+                    f"clinical.readouts: none of {', '.join(self.settings.readouts)} can be had of {spec.name} "
+                    f"({why_no_parcels(open_model(spec.checkpoint))}): add linear, SVR or fine-tuned"
+                )
         return list(self._pieces(readouts, find_people(cohort, self.settings)))
 
     def warnings(self, spec: MethodSpec, cohort: Cohort) -> list[str]:
         lacking = [readout for readout in self._readouts(spec) if readout in OF_PARCELS]
         reason = why_no_parcels(open_model(spec.checkpoint)) if spec.checkpoint and lacking else ""
         return [f"{spec.name} has no readout {' or '.join(lacking)}: {reason}"] if reason else []
+
+    def left_out(self, cohort: Cohort) -> Mapping[str, int]:
+        return find_people(cohort, self.settings).left_out
 
     def prepared(self, spec: MethodSpec) -> list[MethodSpec]:
         if spec.checkpoint:

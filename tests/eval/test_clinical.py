@@ -156,6 +156,58 @@ def test_nobody_is_learned_from_and_tested(dataset: Dataset, checkpoint: str) ->
     assert len(set(people.groups)) == 59  # twins
 
 
+def test_recordings_that_do_not_take_part_are_counted_by_reason(
+    dataset: Dataset, checkpoint: str, tmp_path: Path, capsys: Captured
+) -> None:
+    cohort = replace(Cohort.of(dataset), pretrained=(checkpoint,))
+    pretrained = "of people that a checkpoint was pretrained on, or of their families"
+    assert find_people(cohort, ClinicalSettings()).left_out == {pretrained: 8}
+    in_test = find_people(cohort, replace(ClinicalSettings(), of="split"))
+    assert in_test.left_out == {"not in the split test": 38}
+    assert len(in_test) == 30
+    one_parcel = np.arange(cohort.num_parcels) == 0
+    without = find_people(replace(cohort, usable_P=one_parcel), ClinicalSettings())
+    assert len(without) == 0
+    assert sum(without.left_out.values()) == 68
+    assert run(dataset, checkpoint, tmp_path, "--dry-run") == 0
+    assert f"note: clinical: 8 recordings are left out, {pretrained}" in capsys.readouterr().out
+
+
+def test_a_network_with_no_readout_left_is_refused(dataset: Dataset, tmp_path: Path, capsys: Captured) -> None:
+    folder = str(tmp_path / "grouped")
+    model = small_model(dataset.contract, patch_parcels=2)
+    save_checkpoint(folder, model, {}, [entry.subject for entry in dataset.split("train").entries])
+    assert run(dataset, folder, tmp_path / "out", "clinical.readouts=[parcels]", "include_untrained=false") == 1
+    assert "clinical.readouts: none of parcels can be had of BrainLM grouped" in capsys.readouterr().err
+    assert run(dataset, folder, tmp_path / "out", "clinical.readouts=[parcels, linear]", "--dry-run") == 0
+    assert "BrainLM grouped has no readout parcels: a token of this model holds 2 parcels" in capsys.readouterr().out
+
+
+def test_a_method_that_lacks_folds_says_so_and_is_not_compared(
+    finished: Path, dataset: Dataset, checkpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "results"
+    shutil.copytree(finished, out)
+    for file in (out / "subjects").glob("clinical--FC-SVR-random-0.1--*.parquet"):
+        file.unlink()
+
+    def fails(*_: object, **__: object) -> None:
+        raise DataError("no disk")
+
+    monkeypatch.setattr("eval.tasks.clinical.work", fails)
+    assert run(dataset, checkpoint, out) == 1
+    lacking = score(out, "FC, SVR", "r2", "coupling")
+    assert any("3 of 4 folds alone" in note for note in lacking.notes)
+    assert lacking.num_subjects < score(out, "FC, linear", "r2", "coupling").num_subjects
+    compared = [
+        s.model
+        for s in read_scores(Store(out))
+        if s.metric == "r2_minus_reference" and (s.condition["target"], s.condition["folds"]) == ("coupling", "random")
+    ]
+    assert "constant" in compared
+    assert "FC, SVR" not in compared
+
+
 def test_a_fold_with_nothing_to_learn_is_listed(dataset: Dataset, checkpoint: str, tmp_path: Path) -> None:
     """Of two sites one has all cases: at the other there is one class."""
     table = pd.read_parquet(io.BytesIO(dataset.store.read_bytes("subjects.parquet")))

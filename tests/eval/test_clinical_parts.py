@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -11,6 +13,8 @@ from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
 from sklearn.metrics.pairwise import rbf_kernel
 from sklearn.svm import SVR
 
+from brainlm.errors import StoreError
+from brainlm.store import Store
 from brainlm.targets import Target, TargetSettings
 from eval.clinical import metrics
 from eval.clinical.answers import Answers
@@ -21,8 +25,11 @@ from eval.clinical.folds import random_folds, site_folds
 from eval.clinical.linear import Linear
 from eval.clinical.metrics import Rows
 from eval.clinical.problem import Problem, loss
+from eval.clinical.scores import tested_share
 from eval.clinical.support_vectors import SupportVectors
 from eval.clinical.tangent import covariance, tangent_coordinates
+from eval.models import MethodSpec
+from eval.task import StoredFeatures, Unit, write_features
 
 N, D = 60, 150
 
@@ -340,3 +347,37 @@ def test_classes_of_a_logistic_model_have_the_probabilities_of_scikit_learn(x: n
     penalty = float(answer.chosen.removeprefix("penalty "))
     model = LogisticRegression(C=1 / (penalty * 45), max_iter=2000, tol=1e-6).fit(train / unit, asked.y)
     np.testing.assert_allclose(answer.values, model.predict_proba(test / unit), atol=1e-4)
+
+
+def test_tested_over_trained_rows_is_the_mean_over_folds_of_a_condition() -> None:
+    fits = pd.DataFrame(
+        {
+            "target": "age",
+            "readout": "",
+            "folds": "random",
+            "confounds": ["kept", "kept", "removed"],
+            "num_test": [10, 30, 5],
+            "num_train": [40, 60, 1],
+        }
+    )
+    assert tested_share(fits, ("age", "", "random", "kept")) == pytest.approx((0.25 + 0.5) / 2)
+
+
+def test_features_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    unit = Unit(task="t", spec=MethodSpec(name="m", kind="baseline", model_hash="1"), key="k", is_preparation=True)
+    written = {"a": np.arange(6.0).reshape(3, 2), "b": np.ones(3)}
+    write_features(store, unit, written)
+    found = StoredFeatures(store, unit)
+    assert list(found) == ["a", "b"]
+    assert len(found) == 2
+    assert isinstance(found["a"], np.memmap)
+    np.testing.assert_array_equal(found["a"], written["a"])
+    with pytest.raises(KeyError):
+        found["c"]
+    (tmp_path / f"{unit.stem}.b.npy").write_bytes(b"half")
+    with pytest.raises(StoreError, match="is damaged; remove these files"):
+        found["b"]
+    elsewhere = Store("memory://features")
+    write_features(elsewhere, unit, written)
+    np.testing.assert_array_equal(StoredFeatures(elsewhere, unit)["a"], written["a"])
