@@ -118,12 +118,15 @@ def fan_out(
     *,
     max_in_flight: int,
     max_retries: int = 2,
+    num_gpus: float = 0.0,
     when_lost: Callable[[int, str], Any] | None = None,
 ) -> Iterator[tuple[int, Any]]:
     """Run ``function(*task)`` for every task on Ray workers, a bounded number at a time.
 
     Parameters
     ----------
+    num_gpus : float
+        Share of a GPU that each task takes.
     when_lost : callable, optional
         Given the position of a task that loses its worker again and again, and why in words; what it returns is that
         task's result. Default: the work ends with an error.
@@ -146,7 +149,7 @@ def fan_out(
     When this ends early, for whatever reason, the tasks in flight are cancelled. Losses are counted here, because Ray
     would repeat a task that it killed for its memory for ever.
     """
-    remote = ray.remote(num_cpus=1, max_retries=0)(function)
+    remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=0)(function)
     lost_kinds = tuple(getattr(ray.exceptions, name) for name in LOST)
     gone_kinds = tuple(getattr(ray.exceptions, name) for name in GONE)
     running: dict[Any, int] = {}

@@ -7,6 +7,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from brainlm.device import find_device, gpus_of_each
 from brainlm.ray_session import fan_out, ray_session
 from brainlm.store import Store
 from eval.planning import Plan, make_tasks, unit_for_worker
@@ -36,7 +37,7 @@ def compute_unit(plan: Plan, unit: Unit) -> UnitReport:
         store, task = Store(settings.out), make_tasks(settings)[unit.task]
         runtime = Runtime(
             batch_size=settings.batch_size,
-            device=settings.device,
+            device=find_device(settings.device),
             untrained_seed=settings.untrained_seed,
             threads=settings.threads,
             out=settings.out,
@@ -82,15 +83,17 @@ def run_units(plan: Plan, units: Sequence[Unit], say: Callable[[str], None] = pr
         return found
 
     if workers == 0:
+        find_device(plan.settings.device)  # an error here, rather than one for each unit
         for unit in before:
             note(compute_unit(sent, unit_for_worker(unit)))
         for unit in ready():
             note(compute_unit(sent, unit_for_worker(unit)))
         return reports
     with ray_session(plan.settings.ray.address, num_cpus=workers) as ray:
+        num_gpus = gpus_of_each(ray, plan.settings.device, workers)
         for wave in (lambda: before, ready):
             tasks = [(sent, unit_for_worker(unit)) for unit in wave()]
-            for _, report in fan_out(ray, compute_unit, tasks, max_in_flight=workers):
+            for _, report in fan_out(ray, compute_unit, tasks, max_in_flight=workers, num_gpus=num_gpus):
                 note(report)
     return reports
 

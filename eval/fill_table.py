@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from brainlm.config import load_config, parse_entry_args, to_yaml
+from brainlm.device import find_device, gpus_of_each
 from brainlm.errors import BrainLMError, ConfigError
 from brainlm.provenance import git_commit, versions
 from brainlm.ray_session import fan_out, ray_session
@@ -156,12 +157,14 @@ def fill_parts(plan: TablePlan, parts: Sequence[Part], fill_part: FillPart, say:
 
     workers = plan.job.settings.ray.workers
     if not parts or workers == 0:
+        find_device(plan.job.settings.device)  # an error here, rather than one for each part
         for part in parts:
             note(fill_part(plan.job, part))
         return
     with ray_session(plan.job.settings.ray.address, num_cpus=workers) as ray:
         tasks = [(plan.job, part) for part in parts]
-        for _, report in fan_out(ray, fill_part, tasks, max_in_flight=workers):
+        num_gpus = gpus_of_each(ray, plan.job.settings.device, workers)
+        for _, report in fan_out(ray, fill_part, tasks, max_in_flight=workers, num_gpus=num_gpus):
             note(report)
 
 

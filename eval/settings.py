@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from brainlm.config import Section
 from brainlm.dataset import Split
+from brainlm.device import Device
 from brainlm.errors import ConfigError
 from eval.clinical.settings import ClinicalSettings
 from eval.external import is_external
@@ -78,8 +79,8 @@ class EvalSettings(Section):
     """Windows given to a model at once; no score depends on it."""
     threads: int = 1
     """Threads of torch and BLAS in each worker."""
-    device: str = "cpu"
-    """Of the networks: ``cpu`` or ``cuda``."""
+    device: Device = "auto"
+    """Of the networks: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one. Workers share the GPUs."""
     report: bool = True
     """Write figures and report.html at the end."""
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 
 import pyarrow as pa
 
+from brainlm.device import find_device
 from brainlm.errors import CheckpointError, DataError
 from brainlm.recording import Recording
 from brainlm.shards import SplitReader
@@ -116,11 +117,12 @@ _loaded: dict[tuple[str, str, str, str], Any] = {}  # a worker reads many parts 
 
 def load_model(job: Job) -> Any:
     """Load the checkpoint that the plan was made with."""
-    key = (type(job.settings).__name__, job.folder, job.weights_sha256, job.settings.device)
+    device = find_device(job.settings.device)
+    key = (type(job.settings).__name__, job.folder, job.weights_sha256, device)
     if key not in _loaded:
         model = open_for(job.settings, job.folder)
         if model.weights_sha256 != job.weights_sha256:
             raise CheckpointError(f"{job.folder} was replaced while recordings were read with it: run again")
         _loaded.clear()
-        _loaded[key] = model.to(job.settings.device)
+        _loaded[key] = model.to(device)
     return _loaded[key]

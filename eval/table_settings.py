@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from brainlm.config import Section, to_tree
 from brainlm.dataset import SPLITS, Split
+from brainlm.device import Device
 from brainlm.errors import ConfigError
 from eval.settings import RaySettings
 
@@ -42,8 +43,8 @@ class TableSettings(Section):
     """Recordings that a worker reads at a time; what is repeated after a kill is at most this for each worker."""
     threads: int = 1
     """Threads of torch in each worker."""
-    device: str = "cpu"
-    """Of the model: ``cpu`` or ``cuda``."""
+    device: Device = "auto"
+    """Of the model: ``cpu``, ``cuda``, or ``auto``, a GPU where there is one. Workers share the GPUs."""
 
     def __post_init__(self) -> None:
         if not self.out.rsplit("/", 1)[-1].removesuffix(".parquet") or not self.out.endswith(".parquet"):
