@@ -131,6 +131,15 @@ def test_the_forecast_begins_where_the_recording_ends(names: dict[str, Any]) -> 
     assert np.abs(forecast.bold[:, seen] - names["truth"].mean(axis=0)[seen]).max() < 100  # near 1000: its own units
 
 
+def test_perturbations_come_nearer_to_their_target(names: dict[str, Any]) -> None:
+    perturbed = names["perturbed"]
+    assert perturbed.change.shape == (1, P, 40)
+    assert float(perturbed.distance) < 0.5
+    assert not perturbed.change[:, 3].any()
+    assert names["response"].shape == (3, P, 10)
+    assert bool(names["response"].isfinite().all(dim=2)[0, torch.arange(P) != 3].all())
+
+
 def test_attention_batches_and_groups_are_as_the_page_says(names: dict[str, Any]) -> None:
     weights = names["last"].weights
     torch.testing.assert_close(weights.sum(dim=3), torch.ones(weights.shape[:3]))

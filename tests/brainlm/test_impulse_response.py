@@ -7,7 +7,7 @@ import torch
 
 from brainlm.dataset import Dataset
 from brainlm.errors import ConfigError
-from brainlm.forward_response import forward_response
+from brainlm.impulse_response import forward_response
 from brainlm.model import BrainLM
 from brainlm.testing import small_model, write_synthetic_dataset
 from brainlm.windows import Windows
