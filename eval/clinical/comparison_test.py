@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 
 def resampled_t_p_value(
-    differences: NDArray[np.float64], tested_share: float, weights: NDArray[np.float64] | None = None
+    differences: NDArray[np.float64], share_tested: float, weights: NDArray[np.float64] | None = None
 ) -> float:
     """Return the two-sided p value of a mean difference over folds.
 
@@ -18,7 +18,7 @@ def resampled_t_p_value(
     ----------
     differences : ndarray, shape (J,), float64
         Of two methods in each fold of each repeat; NaN where not defined, which is left out.
-    tested_share : float
+    share_tested : float
         Tested rows over training rows.
     weights : ndarray, shape (J,), float64, optional
         Of folds that are not equally large: their weighted mean is what is tested.
@@ -38,7 +38,7 @@ def resampled_t_p_value(
         return float("nan")
     if not known.any():
         return 1.0
-    variance = float(known.var(ddof=1)) * (1 / len(known) + tested_share)
+    variance = float(known.var(ddof=1)) * (1 / len(known) + share_tested)
     if known.std() <= 1e-12 * np.abs(known).max():  # the same difference everywhere: nothing is known of how it varies
         return float("nan")
     p = 2 * float(t.sf(abs(float(known.mean())) / np.sqrt(variance), df=len(known) - 1))

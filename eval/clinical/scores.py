@@ -52,7 +52,7 @@ def clinical_scores(settings: ClinicalSettings, version: int, outputs: Outputs, 
             reference = references.get(_bare(condition), "")
             theirs = everything.get(reference, {}).get(_bare(condition))
             if theirs is not None and name != reference:
-                compared = compare(answers, theirs, context, tested_share(fits[name], condition))
+                compared = compare(answers, theirs, context, share_tested(fits[name], condition))
                 if compared:
                     first = f"{answers.first_metric}_minus_reference"
                     scores.append(
@@ -122,7 +122,7 @@ def _bare(condition: Condition) -> Condition:
     return condition[0], "", condition[2], condition[3]
 
 
-def tested_share(fits: pd.DataFrame | None, condition: Condition) -> float:
+def share_tested(fits: pd.DataFrame | None, condition: Condition) -> float:
     """Return tested rows over training rows of a fold, on average over those of a condition."""
     assert fits is not None
     here = fits[(fits[list(CONDITIONS)] == list(condition)).all(axis=1)]

@@ -145,13 +145,14 @@ def test_7_recordings_shorter_than_a_window_are_refused(toy, rng):
 
 
 def test_8_memory_does_not_grow_with_the_number_of_recordings(toy, rng):
-    peaks = []
-    for name, count in (("warm", 4), ("few", 10), ("many", 60)):
-        path = toy.write_table(rng, count, num_timepoints=3000, name=name)
-        tree = toy.settings(path, out=str(toy.folder / f"{name}-out"), splits={"val": 0.0, "test": 0.0})
+    peaks: dict[int, list[int]] = {4: [], 10: [], 60: []}
+    for number, count in enumerate((4, 10, 60, 10, 60)):
+        path = toy.write_table(rng, count, num_timepoints=3000, name=f"table{number}")
+        tree = toy.settings(path, out=str(toy.folder / f"out{number}"), splits={"val": 0.0, "test": 0.0})
         tracemalloc.start()
         assert toy.prepare(tree) == 0
-        peaks.append(tracemalloc.get_traced_memory()[1])
+        peaks[count].append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
     added_bytes = 50 * 3000 * 6 * 4
-    assert peaks[2] - peaks[1] < added_bytes / 4
+    # The lower of two: what threads of other tests still do in this process is counted too.
+    assert min(peaks[60]) - min(peaks[10]) < added_bytes / 4

@@ -25,7 +25,7 @@ from eval.clinical.folds import random_folds, site_folds
 from eval.clinical.linear import Linear
 from eval.clinical.metrics import Rows
 from eval.clinical.problem import Problem, loss
-from eval.clinical.scores import tested_share
+from eval.clinical.scores import share_tested
 from eval.clinical.support_vectors import SupportVectors
 from eval.clinical.tangent import covariance, tangent_coordinates
 from eval.models import MethodSpec
@@ -360,7 +360,7 @@ def test_tested_over_trained_rows_is_the_mean_over_folds_of_a_condition() -> Non
             "num_train": [40, 60, 1],
         }
     )
-    assert tested_share(fits, ("age", "", "random", "kept")) == pytest.approx((0.25 + 0.5) / 2)
+    assert share_tested(fits, ("age", "", "random", "kept")) == pytest.approx((0.25 + 0.5) / 2)
 
 
 def test_features_are_read_when_they_are_asked_for(tmp_path: Path) -> None:
