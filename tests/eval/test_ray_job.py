@@ -39,6 +39,7 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     port, agent_port = free_ports(2)
     with tempfile.TemporaryDirectory(prefix="ray-") as folder:  # short: the paths of sockets are bounded
+        monkeypatch.setenv("RAY_TMPDIR", folder)  # a job looks for its node there, and not at another Ray's
         head = {
             "num_cpus": 2,
             "object_store_memory": 100 * 1024**2,
@@ -47,7 +48,6 @@ def dashboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
             "dashboard_host": "127.0.0.1",
             "dashboard_port": port,
             "dashboard_agent_listen_port": agent_port,  # the usual one may belong to another Ray of this machine
-            "temp_dir": folder,
         }
         started = Cluster(initialize_head=True, head_node_args=head)
         try:
