@@ -22,7 +22,7 @@ from brainlm.dataset import Dataset
 from eval.run import main
 
 ROOT = Path(__file__).resolve().parents[2]
-START_S, PATIENCE_S = 120, 300
+START_S, PATIENCE_S = 180, 450
 
 
 def free_ports(number: int) -> list[int]:
@@ -98,6 +98,7 @@ def tables(out: Path) -> set[Path]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)  # starting a cluster and two jobs, beside other tests
 def test_a_killed_job_goes_on_where_it_was(
     dataset: Dataset, training_run: Path, dashboard: str, tmp_path: Path
 ) -> None:
