@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ NUM_TUNING = 200
 """Validation recordings that choices look at, at most; one window each."""
 
 
-class Forecaster(Baseline):
+class Forecaster(Baseline, ABC):
     """A baseline of the task ``forecasting``: `learn` from windows, then `forecast`.
 
     Parameters
@@ -44,10 +45,11 @@ class Forecaster(Baseline):
         train = ForecastWindows(cohort, "train", self.horizon)
         self.learn(train, ForecastWindows(cohort, "val", self.horizon, max_recordings=NUM_TUNING))
 
+    @abstractmethod
     def learn(self, train: ForecastWindows, val: ForecastWindows) -> None:
         """Learn from ``train``, choose on ``val``."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forecast(self, past: FloatArray) -> NDArray[Any]:
         """Continue observed parts.
 
@@ -61,7 +63,6 @@ class Forecaster(Baseline):
         ndarray, shape (B, P, horizon)
             In the same units: 0 is the mean.
         """
-        raise NotImplementedError
 
     def reconstruct(
         self, windows_z: NDArray[np.float32], mask: BoolArray, present: BoolArray, refs: list[WindowRef]
@@ -96,9 +97,9 @@ class TorchForecaster(Forecaster):
         """List sizes to choose from on validation."""
         return [None]
 
+    @abstractmethod
     def build(self, candidate: Any, num_parcels: int, observed_len: int) -> nn.Module:
         """Return a module from (B, P, T) to (B, P, horizon)."""
-        raise NotImplementedError
 
     def loss(self, module: Any, pairs: Pairs, step: int) -> Tensor:
         """Return the loss of a batch: the mean squared error in units of the score."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from brainlm.intervals import bootstrap_counts
+from brainlm.intervals import bootstrap_counts, percentile_interval
 from eval.clinical.fold_work import PROBABILITY
 from eval.clinical.metrics import CLASSIFICATION, REGRESSION, FloatArray, RowMetric, Rows, auc
 
@@ -151,8 +151,5 @@ def plain_condition(condition: Condition) -> dict[str, str | int | float]:
 
 def interval(replicates: FloatArray, num_groups: int, level: float) -> tuple[float | None, float | None]:
     """Return the percentile interval; None for fewer than two groups, or where nothing is defined."""
-    known: Sequence[float] = replicates[np.isfinite(replicates)]  # type: ignore[assignment]
-    if num_groups < 2 or len(known) == 0:
-        return None, None
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    low, high = percentile_interval(replicates, level)
+    return (None, None) if num_groups < 2 or not np.isfinite(low) else (low, high)
